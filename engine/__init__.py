@@ -1,0 +1,3 @@
+"""Ground floor: a recipe section in, a trained model directory out."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,283 @@
+"""Strict typed configuration: an unknown key is an error with a suggestion, a reference knows how to be found.
+
+A recipe is a YAML file. Every stage's section is validated by a `Strict` class that lives beside the code that
+reads it; this module knows none of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError, core_schema
+
+from engine.errors import UserError, did_you_mean
+
+
+class Strict(BaseModel):
+    """Base of every configuration class: frozen, typed, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_keys(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for key in data:
+                if key not in cls.model_fields:
+                    hint = did_you_mean(str(key), list(cls.model_fields))
+                    raise PydanticCustomError("unknown_key", "{message}", {"message": f"unknown key '{key}'{hint}"})
+        return data
+
+
+def _fraction(value: Any) -> Any:
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(value.strip()[:-1]) / 100
+        except ValueError:
+            return value
+    return value
+
+
+Fraction = Annotated[float, BeforeValidator(_fraction), Field(ge=0.0, le=1.0)]
+"""A share between 0 and 1; `6%` and `0.06` are the same."""
+
+
+class _Reference(str):
+    """A string that names something outside the recipe."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(cls, core_schema.str_schema(min_length=1))
+
+
+class ModelRef(_Reference):
+    """A stage of the same recipe, a directory, `package:NAME/path`, or a hub id."""
+
+
+class FileRef(_Reference):
+    """A file: a path (relative to the recipe) or `package:NAME/path`."""
+
+
+def references(config: Any, where: str = "") -> Iterator[tuple[str, _Reference]]:
+    """Yields (dotted key, reference) for every file or model that a validated section names."""
+    if isinstance(config, _Reference):
+        yield where, config
+    elif isinstance(config, BaseModel):
+        for name in type(config).model_fields:
+            yield from references(getattr(config, name), f"{where}.{name}".lstrip("."))
+    elif isinstance(config, (list, tuple)):
+        for index, item in enumerate(config):
+            yield from references(item, f"{where}[{index}]")
+
+
+def package_path(reference: str) -> Path:
+    """Finds `package:NAME/path` inside an installed Python package, without importing it.
+
+    Raises:
+        UserError: the package is not installed or has no such file.
+    """
+    package, _, inner = reference.removeprefix("package:").partition("/")
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{reference}: no Python package '{package}' is installed: pip install it, or name a path")
+    for root in spec.submodule_search_locations:
+        if (Path(root) / inner).exists():
+            return Path(root) / inner
+    raise UserError(f"{reference}: the package '{package}' is installed but has no '{inner}'")
+
+
+class Recipe:
+    """A recipe file as read: its name, its seed and the raw section of every stage, in order."""
+
+    def __init__(self, path: Path, data: dict[str, Any], lines: dict[str, int], runs: Path) -> None:
+        self.path = path
+        self.runs = runs
+        self._lines = lines
+        allowed = ["name", "seed", "stages"]
+        for key in data:
+            if key not in allowed:
+                raise self.error(str(key), f"unknown key '{key}'{did_you_mean(str(key), allowed)}")
+        self.name = data.get("name", path.stem)
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise self.error("name", "name must be letters, digits, '.', '_' or '-': it names a directory")
+        self.seed = data.get("seed", 0)
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
+            raise self.error("seed", f"seed must be a whole number of at least 0, not {self.seed!r}")
+        stages = data.get("stages")
+        if not isinstance(stages, dict) or not stages:
+            raise self.error("stages", "a recipe needs stages: a mapping of stage name to {kind: section}")
+        self.stages: dict[str, tuple[str, dict[str, Any]]] = {}
+        for name, body in stages.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(name)):
+                raise self.error(f"stages.{name}", f"stage name '{name}' must be letters, digits, '_' or '-'")
+            if not isinstance(body, dict) or len(body) != 1:
+                raise self.error(f"stages.{name}", f"stage '{name}' must hold exactly one kind, as in '{name}: {{finetune: …}}'")
+            kind, section = next(iter(body.items()))
+            if not isinstance(section, dict):
+                raise self.error(f"stages.{name}.{kind}", f"'{kind}' must be a mapping of keys to values")
+            self.stages[str(name)] = (str(kind), section)
+
+    def error(self, key: str, message: str) -> UserError:
+        """A UserError that names the recipe, the line of `key` (or of its nearest parent) and the message."""
+        probe = key
+        while probe and probe not in self._lines:
+            probe = probe.rpartition(".")[0]
+        line = f":{self._lines[probe]}" if probe else ""
+        return UserError(f"{self.path}{line}: {message}")
+
+    def directory(self, stage: str) -> Path:
+        """Where the finished stage lies: `runs/<recipe>/<stage>`."""
+        return self.runs / self.name / stage
+
+    def section(self, stage: str, config: type[Section]) -> Section:
+        """Validates the section of `stage`.
+
+        Raises:
+            UserError: one line: file, line, key, what is wrong and the fix.
+        """
+        kind, raw = self.stages[stage]
+        where = f"stages.{stage}.{kind}"
+        try:
+            return config.model_validate(raw)
+        except ValidationError as error:
+            # Unions report every branch they tried: the deepest location is the branch the user meant.
+            worst = max(error.errors(), key=lambda item: (item["type"] == "unknown_key", len(item["loc"])))
+            parts = [str(part) for part in worst["loc"] if not str(part).startswith("function-")]
+            key = ".".join([where, *parts])
+            message = re.sub(r"^Value error, ", "", worst["msg"])
+            given = worst.get("input")
+            shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool)) else ""
+            raise self.error(key, f"{key}: {message[:1].lower()}{message[1:]}{shown}") from None
+
+    def find_file(self, reference: str) -> Path:
+        """Returns the existing file or directory that a FileRef names; relative paths start at the recipe's directory.
+
+        Raises:
+            UserError: there is none.
+        """
+        if reference.startswith("package:"):
+            return package_path(reference)
+        path = Path(reference).expanduser()
+        path = path if path.is_absolute() else self.path.parent / path
+        if not path.exists():
+            raise UserError(f"{path}: no such file (named in {self.path}; relative paths start at the recipe's directory)")
+        return path
+
+    def find_model(self, reference: str) -> Path | str:
+        """Returns the directory that a ModelRef names, or the hub id unchanged.
+
+        Raises:
+            UserError: nothing by that name, or a directory without a model in it.
+        """
+        if reference in self.stages:
+            return self.directory(reference)
+        if reference.startswith("package:"):
+            path = package_path(reference)
+        else:
+            path = Path(reference).expanduser()
+            path = path if path.is_absolute() else self.path.parent / path
+            if not path.exists():
+                # A hub id is `name` or `owner/name`; anything else was meant as a path or as a stage.
+                looks_like_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", reference) and not reference.startswith(".")
+                if not looks_like_hub_id:
+                    raise UserError(
+                        f"{self.path}: model '{reference}' is no stage of this recipe, no directory and no hub id "
+                        f"(owner/name){did_you_mean(reference, list(self.stages))}"
+                    )
+                return reference
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path}: not a model directory (no config.json)")
+        return path
+
+
+Section = TypeVar("Section", bound=Strict)
+
+
+def _key_lines(node: yaml.Node | None, where: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = f"{where}.{key.value}".lstrip(".")
+            yield path, key.start_mark.line + 1
+            yield from _key_lines(value, path)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, and `5e-5` is a number as in YAML 1.2."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None, runs: str | Path = "runs") -> Recipe:
+    """Reads a recipe and applies `a.b=c` overrides (values are YAML).
+
+    Raises:
+        UserError: unreadable file, broken YAML, an override of a stage that does not exist.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    try:
+        lines = dict(_key_lines(yaml.compose(text, Loader=_UniqueKeys)))
+        data = yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping with name and stages")
+    for override in overrides or []:
+        _apply(data, override)
+    return Recipe(path, data, lines, Path(runs))
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Sets one `a.b.c=value`; a leading `stages.` and the stage's kind may be left out (`teacher.train.epochs=2`)."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: write it as key=value, as in --set teacher.train.epochs=2")
+    parts = key.split(".")
+    stages = data.get("stages")
+    if parts[0] not in ("name", "seed", "stages"):
+        parts = ["stages", *parts]
+    if parts[0] == "stages" and isinstance(stages, dict) and len(parts) > 2:
+        if parts[1] not in stages:
+            raise UserError(f"--set {override}: no stage '{parts[1]}'{did_you_mean(parts[1], list(stages))}")
+        body = stages[parts[1]]
+        if isinstance(body, dict) and len(body) == 1 and parts[2] not in body:
+            parts.insert(2, next(iter(body)))
+    target: Any = data
+    for part in parts[:-1]:
+        target = target.setdefault(part, {}) if isinstance(target, dict) else None
+        if not isinstance(target, dict):
+            raise UserError(f"--set {override}: '{part}' holds a value, not a mapping")
+    try:
+        target[parts[-1]] = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None

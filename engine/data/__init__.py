@@ -1,0 +1,1 @@
+"""Sources of rows, token corpora, packing and batch plans."""

@@ -1,0 +1,276 @@
+"""The contract of every stage: it reads directories and writes one, which is complete or absent.
+
+While a stage runs it owns `runs/<recipe>/<stage>.partial/` (checkpoints, logs, `output/`). When it is done `output/` gets a
+`stage.json` with the hash of every file, is flushed to disk and renamed to `runs/<recipe>/<stage>/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic
+
+from engine.config import FileRef, Recipe, Section, load_recipe, references
+from engine.errors import USER_ERROR, UserError, did_you_mean
+
+STAGE_FILE = "stage.json"
+ERROR_DIRECTORY = "BOTHWAYS_ERROR_DIRECTORY"
+"""Environment variable: where a rank that fails leaves its message, for the process that started it."""
+
+
+def sha256(path: Path) -> str:
+    """Returns the hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_directory(directory: Path, skip: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """Returns {relative path: {"sha256", "bytes"}} of every file below `directory`, sorted by path."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    names = {path.relative_to(directory).as_posix(): path for path in files}
+    return {
+        name: {"sha256": sha256(path), "bytes": path.stat().st_size} for name, path in names.items() if name not in skip
+    }
+
+
+def digest(value: Any) -> str:
+    """Returns the SHA-256 of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def flush(directory: Path) -> None:
+    """Forces every file and directory entry below `directory` to disk (fsync)."""
+    for path in [directory, *directory.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def publish(source: Path, target: Path) -> None:
+    """Renames a finished directory into place; a directory already there is replaced as a whole.
+
+    Between the two renames `target` may be absent for an instant; it is never half of one and half of the other.
+    """
+    flush(source)
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    flush_entry(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush_entry(directory: Path) -> None:
+    """Forces the entries of one directory to disk, so that a rename in it survives a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that can change a number."""
+    found = {"python": platform.python_version()}
+    packages = "bothways torch deepspeed accelerate transformers tokenizers onnx onnxruntime tensorrt tensorrt-rtx-cu13"
+    for name in [*packages.split(), "nvidia-modelopt", "numpy"]:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def read_stage(directory: Path) -> dict[str, Any] | None:
+    """Returns the stage.json of a finished stage, or None when the stage has not finished."""
+    try:
+        return json.loads((directory / STAGE_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{directory / STAGE_FILE}: unreadable ({error}): remove {directory} to run the stage again") from None
+
+
+class Stage(Generic[Section]):
+    """One stage of one recipe as its entry point sees it: a validated section, its inputs and its directories."""
+
+    def __init__(self, recipe: Recipe, name: str, config: type[Section]) -> None:
+        if name not in recipe.stages:
+            raise UserError(f"{recipe.path}: no stage '{name}'{did_you_mean(name, list(recipe.stages))}")
+        self.recipe = recipe
+        self.name = name
+        self.kind = recipe.stages[name][0]
+        self.config: Section = recipe.section(name, config)
+        self.seed = recipe.seed
+        self.directory = recipe.directory(name)
+        self.partial = self.directory.with_name(name + ".partial")
+        self.output = self.partial / "output"
+        self.restart = False
+
+    def upstream(self) -> list[str]:
+        """Returns the names of the stages that this one reads, in the order of its keys."""
+        names = [str(ref) for _, ref in references(self.config) if not isinstance(ref, FileRef)]
+        return list(dict.fromkeys(name for name in names if name in self.recipe.stages))
+
+    @functools.cached_property
+    def inputs(self) -> dict[str, dict[str, str]]:
+        """{dotted key: {"reference", "sha256"}} of everything this stage reads; hub ids carry no hash.
+
+        Raises:
+            UserError: an input is missing, or the stage that makes it has not finished.
+        """
+        found: dict[str, dict[str, str]] = {}
+        for key, reference in references(self.config):
+            entry = {"reference": str(reference)}
+            if isinstance(reference, FileRef):
+                path: Path | str = self.recipe.find_file(reference)
+            else:
+                path = self.recipe.find_model(reference)
+            if isinstance(path, Path):
+                if reference in self.recipe.stages and not isinstance(reference, FileRef):
+                    finished = read_stage(path)
+                    if finished is None:
+                        raise UserError(f"{self.recipe.path}: stage '{self.name}' needs stage '{reference}', which has not finished")
+                    entry["sha256"] = digest(finished["files"])
+                elif path.is_dir():
+                    entry["sha256"] = digest(hash_directory(path))
+                else:
+                    entry["sha256"] = sha256(path)
+            found[key] = entry
+        return found
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the work: same kind, section, seed and input bytes → same fingerprint."""
+        section = self.config.model_dump(mode="json")
+        return digest({"kind": self.kind, "section": section, "seed": self.seed, "inputs": self.inputs})
+
+    def finished(self) -> bool:
+        """True when the directory holds the result of exactly this section and these inputs."""
+        done = read_stage(self.directory)
+        return done is not None and done["fingerprint"] == self.fingerprint
+
+    def begin(self) -> None:
+        """Makes the working directory, or keeps the one of an interrupted run of the same work.
+
+        Raises:
+            UserError: an interrupted run of other work lies there and `restart` is not set.
+        """
+        marker = self.partial / "fingerprint.json"
+        work = {"fingerprint": self.fingerprint, "section": self.config.model_dump(mode="json")}
+        if self.partial.exists():
+            try:
+                before = json.loads(marker.read_text())
+            except (OSError, json.JSONDecodeError):
+                before = None
+            if self.restart or before is None:
+                shutil.rmtree(self.partial)
+            elif before["fingerprint"] != work["fingerprint"]:
+                changed = ", ".join(_differences(before["section"], work["section"])) or "an input or the seed"
+                raise UserError(
+                    f"{self.partial}: an interrupted run of stage '{self.name}' with other settings (changed: {changed}): "
+                    "undo the change to go on, or add --restart to throw that run away"
+                )
+        shutil.rmtree(self.output, ignore_errors=True)
+        self.output.mkdir(parents=True)
+        if not marker.exists():
+            part = marker.with_suffix(".tmp")
+            part.write_text(json.dumps(work))
+            part.rename(marker)
+
+    def complete(self, **facts: Any) -> None:
+        """Writes stage.json beside the files in `output/` and publishes the directory.
+
+        Args:
+            facts: what the stage measured: `metrics`, `parameters`, `weight_bytes`, `seconds`, …
+        """
+        record = {
+            "stage": self.name,
+            "kind": self.kind,
+            "recipe": self.recipe.name,
+            "section": self.config.model_dump(mode="json"),
+            "seed": self.seed,
+            "inputs": self.inputs,
+            "fingerprint": self.fingerprint,
+            "versions": versions(),
+            "machine": {"cpu_count": os.cpu_count(), "platform": platform.platform()},
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            **facts,
+            "files": hash_directory(self.output),
+        }
+        (self.output / STAGE_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        publish(self.output, self.directory)
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _differences(before: Any, after: Any, where: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [*before, *(key for key in after if key not in before)]
+        return [d for key in keys for d in _differences(before.get(key), after.get(key), f"{where}.{key}".lstrip("."))]
+    return [] if before == after else [where]
+
+
+def leave_message(text: str) -> None:
+    """Leaves `text` where the process that started this rank looks for it."""
+    directory = os.environ.get(ERROR_DIRECTORY)
+    if directory:
+        rank = os.environ.get("RANK", "0")
+        Path(directory, f"{time.time_ns()}.rank{rank}.txt").write_text(text)
+
+
+def stage_main(module: str, config: type[Section], run: Callable[[Stage[Section]], None], argv: list[str] | None = None) -> None:
+    """Command line of one stage: `python -m MODULE RECIPE --stage NAME`; exits 2 with one line on a user's mistake.
+
+    Args:
+        module: the module's name, for `--help`.
+        config: class of the stage's section.
+        run: does the work; it calls `stage.begin()` and `stage.complete()` on the main process.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=sys.modules[run.__module__].__doc__,
+        epilog=f"example: accelerate launch -m {module} recipe.yaml --stage NAME --set train.epochs=1",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="the recipe file")
+    parser.add_argument("--stage", required=True, help="which of its stages to run")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a key of the recipe")
+    parser.add_argument("--runs", default="runs", help="where run directories lie (default: runs)")
+    parser.add_argument("--restart", action="store_true", help="throw an interrupted run of this stage away")
+    arguments = parser.parse_args(argv)
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.set, arguments.runs)
+        stage = Stage(recipe, arguments.stage, config)
+        stage.restart = arguments.restart
+        run(stage)
+    except UserError as error:
+        leave_message(str(error))
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR)
+    except OSError as error:
+        if error.errno not in (28, 122):  # ENOSPC, EDQUOT
+            leave_message(traceback.format_exc())
+            raise
+        message = f"disk full while stage '{arguments.stage}' was writing ({error.filename or arguments.runs}): free some space and run again"
+        leave_message(message)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR)
+    except Exception:
+        leave_message(traceback.format_exc())
+        raise
