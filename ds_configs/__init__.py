@@ -1,0 +1,1 @@
+"""ZeRO configurations: ordinary DeepSpeed JSON; `auto` stands where the recipe decides."""

@@ -1,0 +1,78 @@
+"""Which rows make which optimizer step: a pure function of (seed, step), seekable, equal in number on all ranks."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from engine.errors import UserError
+from engine.randomness import generator
+
+BUCKET_BATCHES = 50
+"""Rows are sorted by length within windows of this many batches: little padding, still well mixed."""
+
+
+def accumulation_steps(batch_size: int, micro_batch_size: int | None, processes: int) -> tuple[int, int]:
+    """Returns (micro batch size, gradient accumulation steps) such that micro × accumulation × processes = batch_size.
+
+    Raises:
+        UserError: the numbers do not divide.
+    """
+    micro = micro_batch_size or max(1, batch_size // processes)
+    if batch_size % (micro * processes):
+        raise UserError(
+            f"train.batch_size={batch_size} is not a multiple of micro batch {micro} × processes {processes} "
+            f"= {micro * processes}: change train.batch_size or train.micro_batch_size"
+        )
+    return micro, batch_size // (micro * processes)
+
+
+class BatchPlan:
+    """Shuffled global batches of rows of similar length.
+
+    Every epoch is a new permutation in which each row comes once; the last batch of an epoch is filled up from the top of the
+    same permutation, so that all batches are full.
+
+    Args:
+        lengths: tokens of each row, shape (rows,).
+        batch_size: rows per optimizer step over all ranks.
+        seed: of the shuffling.
+        bucket: group rows of similar length (off where every row has the same length).
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, bucket: bool = True) -> None:
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.bucket = bucket
+        self.steps_per_epoch = -(-len(self.lengths) // batch_size)
+
+    def position(self, step: int) -> tuple[int, int]:
+        """Returns (epoch, batch within the epoch) of an optimizer step."""
+        return divmod(step, self.steps_per_epoch)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - one plan lives as long as its training
+    def _epoch(self, epoch: int) -> np.ndarray:
+        rng = generator(self.seed, "order", epoch)
+        order = rng.permutation(len(self.lengths))
+        order = np.resize(order, self.steps_per_epoch * self.batch_size)
+        if self.bucket:
+            window = BUCKET_BATCHES * self.batch_size
+            parts = [order[start : start + window] for start in range(0, len(order), window)]
+            order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
+        batches = order.reshape(self.steps_per_epoch, self.batch_size)
+        return batches[rng.permutation(self.steps_per_epoch)]
+
+    def rows(self, step: int) -> np.ndarray:
+        """Returns the row numbers of the whole global batch of `step`, shape (batch_size,)."""
+        epoch, batch = self.position(step)
+        return self._epoch(epoch)[batch]
+
+    def micro_batches(self, step: int, rank: int, processes: int, micro: int) -> list[np.ndarray]:
+        """Returns this rank's micro batches of `step`: row numbers, each of shape (micro,).
+
+        Neighbouring micro batches go to different ranks, so that at each moment all ranks work on similar lengths.
+        """
+        chunks = self.rows(step).reshape(-1, micro)
+        return [chunks[index] for index in range(rank, len(chunks), processes)]

@@ -1,0 +1,80 @@
+"""Labelled rows on their way to the model: encoded splits and seekable batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.data.batches import BatchPlan
+from engine.data.sources import Row
+from engine.evaluate import evaluate_classifier
+from engine.tasks.classification import Classification, Example
+
+if TYPE_CHECKING:
+    from engine.distributed import Batch, Processes
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Encoded splits of one task."""
+
+    task: Classification
+    examples: dict[str, list[Example]]
+
+    @property
+    def describe(self) -> str:
+        """Sizes of the splits, the labels and what truncation cut."""
+        sizes = ", ".join(f"{len(examples):,} {name}" for name, examples in self.examples.items())
+        cut = f"; {self.task.truncated:,} rows cut to {self.task.max_length} tokens" if self.task.truncated else ""
+        return f"{sizes} rows; labels {', '.join(self.task.labels)}{cut}"
+
+    def evaluate(self, model: Any, split: str, processes: Processes) -> tuple[dict[str, float], np.ndarray]:
+        """Returns (metrics, logits) of a split, shared out over all ranks."""
+        examples = self.examples[split]
+        return evaluate_classifier(model, self.task, examples, processes.gather, processes.rank, processes.processes)
+
+
+def prepare(rows: dict[str, list[Row]], task: Classification) -> Prepared:
+    """Encodes every split."""
+    return Prepared(task, {name: task.encode(split) for name, split in rows.items()})
+
+
+class LabelledBatches:
+    """Batches of encoded rows of similar length.
+
+    Args:
+        examples: encoded rows.
+        task: collates them.
+        batch_size: rows per optimizer step over all ranks.
+        seed: of the shuffling.
+        extra: arrays with one entry per example that travel with the batch (a teacher's logits, for example).
+    """
+
+    def __init__(
+        self,
+        examples: list[Example],
+        task: Classification,
+        batch_size: int,
+        seed: int,
+        extra: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        self.examples, self.task, self.extra = examples, task, extra or {}
+        self.lengths = np.asarray([len(example["input_ids"]) for example in examples])
+        self.plan = BatchPlan(self.lengths, batch_size, seed)
+        self.steps_per_epoch = self.plan.steps_per_epoch
+
+    def at(self, step: int, rank: int, processes: int, micro: int) -> list[Batch]:
+        """Returns this rank's micro batches of `step`."""
+        import torch
+
+        batches = []
+        for rows in self.plan.micro_batches(step, rank, processes, micro):
+            batch: Batch = self.task.collate([self.examples[row] for row in rows])
+            batch |= {name: torch.from_numpy(array[rows]) for name, array in self.extra.items()}
+            # Unlabelled rows count when something else (a teacher) says what is right.
+            batch["count"] = len(rows) if self.extra else int((batch["labels"] >= 0).sum())
+            batch["tokens"] = int(self.lengths[rows].sum())
+            batches.append(batch)
+        return batches

@@ -1,0 +1,134 @@
+"""Full-parameter fine-tuning: body and task head are trained together on labelled rows."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from engine.config import ModelRef
+from engine.data.splits import DataConfig, load_splits
+from engine.stage import Stage, stage_main
+from engine.tasks import ClassificationConfig
+from engine.train_config import Trained
+
+if TYPE_CHECKING:
+    from engine.checkpoint import TrainState
+    from engine.data.rows import Prepared
+    from engine.distributed import Processes
+
+
+class FinetuneConfig(Trained):
+    """Section of a `finetune` stage."""
+
+    model: ModelRef
+    """What to fine-tune: a stage, a directory, `package:NAME/path` or a hub id."""
+    initialize: Literal["pretrained", "random"] = "pretrained"
+    """`random` takes only the model's shape: the baseline that shows what pretraining is worth."""
+    task: ClassificationConfig
+    data: DataConfig
+    max_length: int = Field(128, ge=4)
+    """Longest row in tokens, special tokens included; longer ones are cut and counted."""
+
+    @model_validator(mode="after")
+    def _validation_for_early_stopping(self) -> FinetuneConfig:
+        if not self.data.validation:
+            raise ValueError("data.validation is needed to choose the best weights: give a file or a share such as 10%")
+        return self
+
+
+def run(stage: Stage[FinetuneConfig]) -> None:
+    """Runs one fine-tuning stage on this rank."""
+    config = stage.config
+    path = stage.recipe.find_model(config.model)
+    stage.inputs  # noqa: B018 - missing inputs show before anything heavy is loaded
+    import torch
+
+    from engine.data.rows import LabelledBatches, prepare
+    from engine.distributed import Processes
+    from engine.loop import Fit, Judge
+    from engine.models import check_length, load_model, load_tokenizer, read_config, set_dropout
+    from engine.randomness import torch_seed
+    from engine.tasks.classification import Classification
+
+    started = time.monotonic()
+    rows = load_splits(config.data, stage.recipe, config.task.text, config.task.columns)
+    check_length(config.max_length, read_config(path), "max_length", path)
+    task = Classification(config.task, Classification.find_labels(rows["train"], config.task), load_tokenizer(path), config.max_length)
+    data = prepare(rows, task)
+    processes = Processes(config.train, config.parallel, config.processes)
+    torch.manual_seed(torch_seed(stage.seed, "initialize"))
+    model = load_model(path, "classification", labels=task.labels, random=config.initialize == "random")
+    if config.train.dropout is not None:
+        set_dropout(model, config.train.dropout)
+    if processes.main:
+        stage.begin()
+    processes.barrier()
+    batches = LabelledBatches(data.examples["train"], task, config.train.batch_size, stage.seed)
+    judge = Judge(lambda model, ranks: data.evaluate(model, "validation", ranks)[0], "accuracy", True)
+    save = saver(model, task.tokenizer)
+    fit = Fit(processes, model, task.loss, batches, judge, save, stage.partial, stage.name, stage.seed)
+    fit.tracker.say(f"{processes.describe}; {data.describe}")
+    state = fit.run()
+    hand_over(stage, processes, data, state, fit.weights, started)
+    processes.close()
+
+
+def saver(model: Any, tokenizer: Any) -> Any:
+    """Returns a function that writes (directory, weights) as a model directory."""
+
+    def save(directory: Path, weights: dict[str, Any]) -> None:
+        model.save_pretrained(directory, state_dict=weights)
+        tokenizer.save_pretrained(directory)
+
+    return save
+
+
+def hand_over(stage: Stage[Any], processes: Processes, data: Prepared, state: TrainState, weights: Path, started: float) -> None:
+    """Re-opens the saved weights, proves that they are the ones that were validated, judges them on every split, publishes.
+
+    Raises:
+        RuntimeError: the re-opened model scores differently: the saved weights are not those of the run.
+    """
+    from engine.evaluate import write_jsonl
+    from engine.models import load_model, size_of
+
+    model = load_model(weights, "classification").to(processes.device)
+    metrics = {}
+    for split in ("validation", "test"):
+        if split in data.examples:
+            metrics[split], logits = data.evaluate(model, split, processes)
+            if processes.main:
+                target = stage.output / ("predictions.jsonl" if split == "test" else "validation_predictions.jsonl")
+                write_jsonl(target, data.task.predictions(data.examples[split], logits))
+    if stage.config.train.keep == "best" and state.best is not None:
+        found = metrics["validation"]["accuracy"]
+        one_example = 100.0 / metrics["validation"]["examples"]
+        if abs(found - state.best) > one_example + 1e-6:
+            raise RuntimeError(f"{weights}: re-opened weights score {found:.3f} where the run measured {state.best:.3f}")
+    if processes.main:
+        shutil.copytree(weights, stage.output, dirs_exist_ok=True)
+        shutil.copy(stage.partial / "history.jsonl", stage.output)
+        stage.complete(
+            metrics=metrics,
+            **size_of(model),
+            seconds={"training": round(state.seconds, 3), "this_run": round(time.monotonic() - started, 3)},
+            steps=state.step,
+            best_step=state.best_step,
+            stopped=state.stop,
+            processes=processes.describe,
+            truncated_rows=data.task.truncated,
+        )
+    processes.barrier()
+
+
+def main() -> None:
+    """Entry point of `accelerate launch -m engine.finetune RECIPE --stage NAME`."""
+    stage_main("engine.finetune", FinetuneConfig, run)
+
+
+if __name__ == "__main__":
+    main()

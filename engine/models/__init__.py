@@ -1,0 +1,209 @@
+"""Building models: from a stage directory, a package, a hub id, or from scratch.
+
+Weights are read from safetensors only: no pickle from others, no remote code.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from engine.config import Strict
+from engine.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Head = Literal["classification", "masked_lm"]
+STRUCTURE_KEY = "bothways_structure"
+"""config.json key of a physically smaller model: kept heads and FFN neurons per layer."""
+
+
+class ScratchConfig(Strict):
+    """Shape of a model that is built from scratch."""
+
+    family: Literal["bert"] = "bert"
+    layers: int = Field(12, ge=1)
+    hidden: int = Field(768, ge=8)
+    heads: int = Field(12, ge=1)
+    intermediate: int | None = Field(None, ge=1)
+    """Neurons of the feed-forward layer; None: 4 × hidden."""
+    positions: int = Field(512, ge=8)
+    """Longest sequence in tokens."""
+
+    @model_validator(mode="after")
+    def _heads_divide_hidden(self) -> ScratchConfig:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden={self.hidden} is not a multiple of heads={self.heads}: change one of them")
+        return self
+
+
+def _auto_class(head: Head) -> Any:
+    import transformers
+    from transformers.utils import logging
+
+    # A fresh head is expected here, and the stage has a progress bar of its own.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    return {
+        "classification": transformers.AutoModelForSequenceClassification,
+        "masked_lm": transformers.AutoModelForMaskedLM,
+    }[head]
+
+
+def default_attention() -> str:
+    """Returns the faster attention: plain matrix products on CPUs at these lengths, fused kernels on GPUs."""
+    import torch
+
+    return "sdpa" if torch.cuda.is_available() else "eager"
+
+
+def build_model(shape: ScratchConfig, head: Head, vocab_size: int, pad_id: int) -> PreTrainedModel:
+    """Returns a randomly initialised model; draw with torch.manual_seed before calling."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        shape.family,
+        vocab_size=vocab_size,
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.intermediate or 4 * shape.hidden,
+        max_position_embeddings=shape.positions,
+        pad_token_id=pad_id,
+    )
+    return _auto_class(head).from_config(config, attn_implementation=default_attention())
+
+
+def read_config(model: Path | str) -> Any:
+    """Returns the configuration of a model directory or hub id.
+
+    Raises:
+        UserError: it cannot be read, or transformers does not know its architecture.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model '{model}' cannot be read: {reason}") from None
+
+
+def load_model(
+    model: Path | str,
+    head: Head,
+    attention: str | None = None,
+    labels: list[str] | None = None,
+    random: bool = False,
+) -> PreTrainedModel:
+    """Loads a model with the given head; a head that the weights lack is initialised at random.
+
+    Args:
+        model: directory or hub id.
+        head: what the model is for.
+        attention: transformers' attention implementation; None chooses by hardware.
+        labels: names of the classes, when they are not in the model's own configuration.
+        random: take only the shape and initialise every weight at random.
+
+    Raises:
+        UserError: no such model, no safetensors weights, unknown architecture, weights that do not fit.
+    """
+    config = read_config(model)
+    attention = attention or default_attention()
+    if labels is not None:
+        config.num_labels = len(labels)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: index for index, label in enumerate(labels)}
+    auto = _auto_class(head)
+    try:
+        if random or getattr(config, STRUCTURE_KEY, None):
+            built = auto.from_config(config, attn_implementation=attention)
+            if getattr(config, STRUCTURE_KEY, None):
+                from engine.models.structure import apply_structure
+
+                apply_structure(built, getattr(config, STRUCTURE_KEY))
+            if not random:
+                _load_weights(built, Path(model))
+            return built
+        if isinstance(model, Path):
+            require_weights(model)
+        return auto.from_pretrained(model, config=config, attn_implementation=attention, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model '{model}' cannot be loaded: {reason}") from None
+
+
+def require_weights(directory: Path) -> None:
+    """Raises UserError unless `directory` holds safetensors weights."""
+    if (directory / "model.safetensors").is_file() or (directory / "model.safetensors.index.json").is_file():
+        return
+    pickles = sorted(path.name for path in directory.glob("*.bin"))
+    if pickles:
+        raise UserError(f"{directory}: only pickled weights ({pickles[0]}), which can run code: convert them to safetensors")
+    raise UserError(f"{directory}: a model directory without weights (no model.safetensors)")
+
+
+def _load_weights(model: PreTrainedModel, directory: Path) -> None:
+    from safetensors.torch import load_file
+
+    require_weights(directory)
+    missing, unexpected = model.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    missing = [key for key in missing if key not in tied]
+    if missing or unexpected:
+        raise UserError(f"{directory}: weights do not fit the configuration (missing {missing[:3]}, unexpected {unexpected[:3]})")
+    model.tie_weights()
+
+
+def load_tokenizer(model: Path | str) -> PreTrainedTokenizerBase:
+    """Loads the fast tokenizer of a model directory or hub id.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, use_fast=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{model}: no tokenizer: {reason}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{model}: no fast tokenizer (tokenizer.json)")
+    return tokenizer
+
+
+def check_length(length: int, config: Any, key: str, model: Path | str) -> None:
+    """Raises UserError when `length` tokens do not fit the model's position embeddings."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and length > positions:
+        raise UserError(f"{key}={length} is above the {positions} positions of model '{model}': set {key} to {positions} or less")
+
+
+def set_dropout(model: PreTrainedModel, probability: float) -> None:
+    """Sets every dropout of the model, in its modules and in its configuration."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = probability
+    for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+        if getattr(model.config, key, None) is not None:
+            setattr(model.config, key, probability)
+
+
+def size_of(model: Any) -> dict[str, int]:
+    """Returns {"parameters", "weight_bytes"} of a model, tied weights counted once."""
+    parameters = list(model.parameters())
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
+    }
+
+

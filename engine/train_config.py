@@ -1,0 +1,74 @@
+"""How a stage trains: the keys of `train`, shared by pretraining, fine-tuning and distillation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from engine.config import Fraction, Strict
+
+
+class EarlyStopping(Strict):
+    """Stop when the validation metric has not improved for a while."""
+
+    patience: int = Field(2, ge=1)
+    """Evaluations without improvement before training stops."""
+    min_delta: float = Field(0.0, ge=0)
+    """Smallest change of the metric that counts as an improvement, in the metric's unit."""
+
+
+class TrainConfig(Strict):
+    """Optimization of one stage. Exactly one of `epochs` and `steps`."""
+
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training data; may be a fraction."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(32, ge=1)
+    """Global batch: rows (packed rows in pretraining) per optimizer step, over all processes and accumulation steps."""
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Rows per forward pass of one process; None: batch_size / processes, that is, no accumulation."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps its state in 8 bits (bitsandbytes, arXiv:2110.02861); not with CPU offload."""
+    learning_rate: float = Field(5e-5, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape after warm-up; linear and cosine end at 0."""
+    warmup: Fraction = 0.06
+    """Share of all optimizer steps spent raising the learning rate linearly; 6 % follows RoBERTa (arXiv:1907.11692)."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled weight decay; biases and normalization weights are exempt."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's averaging factors."""
+    clip: float = Field(1.0, gt=0)
+    """Largest global gradient norm."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 is autocast: weights, gradients and optimizer state stay fp32. auto: bf16 where the hardware multiplies it."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """Replaces every dropout probability of the model; None keeps the model's own."""
+    evaluate_every: int | Fraction | None = None
+    """Optimizer steps (a whole number above 1) or a share of training between evaluations; None: once an epoch."""
+    checkpoint_every: int | None = Field(None, ge=1)
+    """Optimizer steps between checkpoints; None: at every evaluation."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the latest checkpoints stay on disk while the stage runs."""
+    keep: Literal["best", "last"] = "best"
+    """Which weights the stage hands on: those of the best validation, or those of the last step."""
+    early_stopping: EarlyStopping | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of train.epochs and train.steps")
+        return self
+
+
+class Trained(Strict):
+    """Base of the sections that train: where and how wide."""
+
+    train: TrainConfig
+    parallel: str | None = None
+    """Name of a file in ds_configs/ (zero0 … zero3) or a path to a DeepSpeed JSON; None: plain Accelerate (DDP)."""
+    processes: int | Literal["auto"] = "auto"
+    """Ranks on this machine; auto: one per GPU, or one without GPUs."""
