@@ -60,7 +60,7 @@ class Checkpoints:
         failed = None
         try:
             trainer.save_shards(part)
-        except Exception as error:  # noqa: BLE001 - torch reports a full disk as RuntimeError
+        except Exception as error:  # torch reports a full disk as RuntimeError
             failed = str(error).splitlines()[0] if str(error) else type(error).__name__
         failures = [message for message in self.processes.gather(failed) if message]
         if not failures and self.processes.main:
@@ -71,7 +71,9 @@ class Checkpoints:
                 shutil.rmtree(part, ignore_errors=True)
             kept = self.steps()
             left = f"checkpoint of step {kept[-1]} is intact" if kept else "no earlier checkpoint exists"
-            raise UserError(f"{target}: the checkpoint could not be written ({failures[0]}): free disk space and run again; {left}")
+            raise UserError(
+                f"{target}: the checkpoint could not be written ({failures[0]}): free disk space and run again; {left}"
+            )
 
     def _publish(self, part: Path, target: Path, state: TrainState) -> list[str]:
         try:

@@ -25,7 +25,9 @@ Loss = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]]
 
 def zero_config_names() -> list[str]:
     """Returns the names of the shipped ZeRO configurations."""
-    return sorted(p.name.removesuffix(".json") for p in importlib.resources.files("ds_configs").iterdir() if p.name.endswith(".json"))
+    return sorted(
+        p.name.removesuffix(".json") for p in importlib.resources.files("ds_configs").iterdir() if p.name.endswith(".json")
+    )
 
 
 def read_zero_config(name: str) -> dict[str, Any]:
@@ -54,10 +56,14 @@ def fill_zero_config(name: str, config: dict[str, Any], decided: dict[str, Any])
     """
     for key in ("optimizer", "scheduler"):
         if key in config:
-            raise UserError(f"parallel '{name}': '{key}' is set there, but the recipe decides it (train): remove it from the file")
+            raise UserError(
+                f"parallel '{name}': '{key}' is set there, but the recipe decides it (train): remove it from the file"
+            )
     for key in ("bf16", "fp16", "torch_autocast"):
         if config.get(key, {}).get("enabled") is True:
-            raise UserError(f"parallel '{name}': '{key}' is enabled there, but the recipe decides it (train.precision): remove it")
+            raise UserError(
+                f"parallel '{name}': '{key}' is enabled there, but the recipe decides it (train.precision): remove it"
+            )
     filled = dict(config)
     for key, value in decided.items():
         given = filled.get(key, "auto")

@@ -57,7 +57,9 @@ def run(stage: Stage[FinetuneConfig]) -> None:
     started = time.monotonic()
     rows = load_splits(config.data, stage.recipe, config.task.text, config.task.columns)
     check_length(config.max_length, read_config(path), "max_length", path)
-    task = Classification(config.task, Classification.find_labels(rows["train"], config.task), load_tokenizer(path), config.max_length)
+    task = Classification(
+        config.task, Classification.find_labels(rows["train"], config.task), load_tokenizer(path), config.max_length
+    )
     data = prepare(rows, task)
     processes = Processes(config.train, config.parallel, config.processes)
     torch.manual_seed(torch_seed(stage.seed, "initialize"))

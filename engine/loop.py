@@ -143,7 +143,9 @@ class Fit:
         seconds = window.seconds()
         state.seconds += seconds
         speed = window.tokens / seconds
-        self.tracker.record(state, loss=loss, learning_rate=learning_rate, tokens_per_second=speed, grad_norm=norm, seconds=state.seconds)
+        self.tracker.record(
+            state, loss=loss, learning_rate=learning_rate, tokens_per_second=speed, grad_norm=norm, seconds=state.seconds
+        )
         self.tracker.advance(state, loss, speed)
         window.clear()
 

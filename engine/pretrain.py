@@ -108,7 +108,9 @@ def run(stage: Stage[PretrainConfig]) -> None:
     processes.close()
 
 
-def _publish(stage: Stage[PretrainConfig], processes: Processes, held_out: PackedBatches, state: Any, weights: Path, started: float) -> None:
+def _publish(
+    stage: Stage[PretrainConfig], processes: Processes, held_out: PackedBatches, state: Any, weights: Path, started: float
+) -> None:
     from engine.models import load_model, size_of
 
     model = load_model(weights, "masked_lm").to(processes.device)

@@ -40,9 +40,7 @@ def hash_directory(directory: Path, skip: tuple[str, ...] = ()) -> dict[str, dic
     """Returns {relative path: {"sha256", "bytes"}} of every file below `directory`, sorted by path."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     names = {path.relative_to(directory).as_posix(): path for path in files}
-    return {
-        name: {"sha256": sha256(path), "bytes": path.stat().st_size} for name, path in names.items() if name not in skip
-    }
+    return {name: {"sha256": sha256(path), "bytes": path.stat().st_size} for name, path in names.items() if name not in skip}
 
 
 def digest(value: Any) -> str:
@@ -145,7 +143,9 @@ class Stage(Generic[Section]):
                 if reference in self.recipe.stages and not isinstance(reference, FileRef):
                     finished = read_stage(path)
                     if finished is None:
-                        raise UserError(f"{self.recipe.path}: stage '{self.name}' needs stage '{reference}', which has not finished")
+                        raise UserError(
+                            f"{self.recipe.path}: stage '{self.name}' needs stage '{reference}', which has not finished"
+                        )
                     entry["sha256"] = digest(finished["files"])
                 elif path.is_dir():
                     entry["sha256"] = digest(hash_directory(path))
@@ -267,7 +267,8 @@ def stage_main(module: str, config: type[Section], run: Callable[[Stage[Section]
         if error.errno not in (28, 122):  # ENOSPC, EDQUOT
             leave_message(traceback.format_exc())
             raise
-        message = f"disk full while stage '{arguments.stage}' was writing ({error.filename or arguments.runs}): free some space and run again"
+        where = error.filename or arguments.runs
+        message = f"disk full while stage '{arguments.stage}' was writing ({where}): free some space and run again"
         leave_message(message)
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)

@@ -36,8 +36,11 @@ def pack_histogram(counts: np.ndarray, capacity: int) -> list[tuple[tuple[int, .
         while left:
             space = next((s for s in range(length, capacity) if groups.get(s)), None)
             if space is None:
-                add(capacity - length, (length,), left)
-                break
+                # As few new rows as can take all that is left; the loop then fills them.
+                opened = -(-left // (capacity // length))
+                add(capacity - length, (length,), opened)
+                left -= opened
+                continue
             lengths, rows = next(iter(groups[space].items()))
             used = min(rows, left)
             if used == rows:

@@ -76,12 +76,14 @@ def read_rows(source: SourceConfig, recipe: Recipe, columns: list[str]) -> Itera
         kept += 1
         yield line, row
     if kept == 0:
-        raise UserError(f"{path}: no rows" + (f" where {source.where}" if source.where else "") + ": an empty data set cannot be used")
+        raise UserError(
+            f"{path}: no rows" + (f" where {source.where}" if source.where else "") + ": an empty data set cannot be used"
+        )
 
 
 def _open(path: Path) -> io.TextIOWrapper:
-    raw = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+    opened = gzip.open if path.suffix == ".gz" else open
+    return io.TextIOWrapper(opened(path, "rb"), encoding="utf-8-sig", newline="")
 
 
 def _parse(path: Path) -> Iterator[tuple[int, Row]]:

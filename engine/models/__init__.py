@@ -205,5 +205,3 @@ def size_of(model: Any) -> dict[str, int]:
         "parameters": sum(p.numel() for p in parameters),
         "weight_bytes": sum(p.numel() * p.element_size() for p in parameters),
     }
-
-

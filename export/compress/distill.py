@@ -1,0 +1,282 @@
+"""Distillation: a smaller student learns from a teacher's scores, and optionally from its layers.
+
+Soft targets with temperature follow Hinton et al. 2015 (arXiv:1503.02531): KL divergence × T² beside the cross entropy of the
+labels. Layer matching compares hidden states and attention maps (TinyBERT, arXiv:1909.10351). The same stage is the recovery
+training of a pruned model: its student is then the pruned model itself.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, model_validator
+
+from engine.config import ModelRef, Strict
+from engine.data.sources import SourceConfig, read_rows
+from engine.data.splits import DataConfig, load_splits
+from engine.errors import UserError
+from engine.stage import Stage, stage_main
+from engine.tasks import ClassificationConfig
+from engine.train_config import Trained
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from engine.distributed import Batch, Processes
+    from engine.tasks.classification import Classification, Example
+
+
+class StudentConfig(Strict):
+    """What the student is before it learns."""
+
+    model: ModelRef | None = None
+    """A stage or directory; None: the teacher."""
+    layers: int | list[int] | None = None
+    """Keep so many layers, evenly spaced, or exactly these (0-based); None: all of them."""
+
+
+class TransferConfig(SourceConfig):
+    """Unlabelled text that only the teacher labels."""
+
+    text: str = "text"
+    """Column of the text."""
+    sentences: bool = False
+    """Cut every text into its sentences."""
+    rows: int | None = Field(None, ge=1)
+    """Use at most this many texts (after cutting into sentences), from the top."""
+    min_words: int = 3
+    max_words: int = 60
+    """Shorter and longer texts are left out."""
+
+
+class DistillConfig(Trained):
+    """Section of a `distill` stage."""
+
+    teacher: ModelRef
+    student: StudentConfig = StudentConfig()
+    task: ClassificationConfig
+    data: DataConfig
+    transfer: TransferConfig | None = None
+    """More texts, without labels."""
+    max_length: int = Field(128, ge=4)
+    temperature: float = Field(2.0, gt=0)
+    """Softens both distributions."""
+    soft: float = Field(0.9, ge=0)
+    """Weight of the soft targets (KL × T²)."""
+    hard: float = Field(0.1, ge=0)
+    """Weight of the labels' cross entropy, on labelled rows."""
+    hidden: float = Field(0.0, ge=0)
+    """Weight of the mean squared error between hidden states of matched layers; runs the teacher in every step."""
+    attention: float = Field(0.0, ge=0)
+    """Weight of the mean squared error between head-averaged attention maps of matched layers; runs the teacher in every step."""
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> DistillConfig:
+        if self.soft + self.hard + self.hidden + self.attention == 0:
+            raise ValueError("soft, hard, hidden and attention are all 0: nothing to learn from; raise one of them")
+        if not self.data.validation:
+            raise ValueError("data.validation is needed to choose the best weights: give a file or a share such as 10%")
+        return self
+
+
+def layers_to_keep(keep: int | list[int], layers: int) -> list[int]:
+    """Returns the 0-based layers of a student: `keep` evenly spaced ones, the first always among them, or those listed.
+
+    Raises:
+        UserError: more layers than there are, or a layer that does not exist.
+    """
+    chosen = [round(index * layers / keep) for index in range(keep)] if isinstance(keep, int) and keep > 0 else keep
+    if not isinstance(chosen, list) or not chosen or len(chosen) > layers or not all(0 <= index < layers for index in chosen):
+        raise UserError(f"student.layers={keep}: the model has layers 0 to {layers - 1}")
+    return chosen
+
+
+def keep_layers(model: Any, keep: list[int]) -> None:
+    """Removes all other encoder layers from `model`, in place, and says so in its configuration."""
+    import torch
+
+    from engine.models import STRUCTURE_KEY
+
+    encoder = model.base_model.encoder
+    encoder.layer = torch.nn.ModuleList([encoder.layer[index] for index in keep])
+    model.config.num_hidden_layers = len(keep)
+    structure = getattr(model.config, STRUCTURE_KEY, None)
+    if structure:
+        setattr(model.config, STRUCTURE_KEY, {key: [values[index] for index in keep] for key, values in structure.items()})
+
+
+def sentences_of(text: str) -> list[str]:
+    """Cuts a text at sentence ends and line breaks (HTML ones too); order kept."""
+    parts = re.split(r"(?:<br\s*/?>)+|\n+|(?<=[.!?])\s+", text)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def transfer_texts(transfer: TransferConfig, stage: Stage[Any], held_out: set[str]) -> list[str]:
+    """Returns distinct transfer texts, without any that is in `held_out` (validation and test texts).
+
+    Raises:
+        UserError: the source cannot be read, or nothing is left of it.
+    """
+    found: dict[str, None] = {}
+    for _, row in read_rows(transfer, stage.recipe, [transfer.text]):
+        text = str(row[transfer.text])
+        for part in sentences_of(text) if transfer.sentences else [text]:
+            if transfer.min_words <= len(part.split()) <= transfer.max_words and part not in held_out:
+                found[part] = None
+            if transfer.rows is not None and len(found) >= transfer.rows:
+                return list(found)
+    if not found:
+        raise UserError(
+            f"{transfer.path}: no transfer text has {transfer.min_words} to {transfer.max_words} words: widen the bounds"
+        )
+    return list(found)
+
+
+class DistillationLoss:
+    """Summed distillation loss of a batch; `count` is its number of rows.
+
+    Args:
+        config: weights and temperature.
+        task: computes logits.
+        teacher: needed only when layers are matched; otherwise the batch brings `teacher_logits` (B, C).
+    """
+
+    def __init__(self, config: DistillConfig, task: Classification, teacher: torch.nn.Module | None) -> None:
+        self.config, self.task, self.teacher = config, task, teacher
+
+    def __call__(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (sum over rows, number of rows), two scalars."""
+        import torch
+
+        config = self.config
+        output = self._forward(model, batch)
+        total = classification_loss(
+            output.logits.float(), batch["teacher_logits"], batch["labels"], config.temperature, config.soft, config.hard
+        )
+        if self.teacher is not None:
+            with torch.no_grad():
+                target = self._forward(self.teacher, batch)
+            if config.hidden:
+                pairs = matched(output.hidden_states[1:], target.hidden_states[1:])
+                total = total + config.hidden * token_mse(pairs, batch["attention_mask"])
+            if config.attention:
+                maps = [(own.mean(dim=1), other.mean(dim=1)) for own, other in matched(output.attentions, target.attentions)]
+                total = total + config.attention * token_mse(maps, batch["attention_mask"])
+        return total, torch.tensor(len(batch["labels"]), device=total.device)
+
+    def _forward(self, model: torch.nn.Module, batch: Batch) -> Any:
+        names = ["input_ids", "attention_mask"]
+        names += ["token_type_ids"] if "token_type_ids" in self.task.tokenizer.model_input_names else []
+        matching = self.teacher is not None
+        return model(**{name: batch[name] for name in names}, output_hidden_states=matching, output_attentions=matching)
+
+
+def classification_loss(
+    logits_BC: torch.Tensor, teacher_BC: torch.Tensor, labels_B: torch.Tensor, temperature: float, soft: float, hard: float
+) -> torch.Tensor:
+    """Returns Σ over rows of soft × T² × KL(teacher ‖ student) + hard × cross entropy; label -100 has no second term."""
+    from torch.nn import functional
+
+    student = functional.log_softmax(logits_BC / temperature, dim=1)
+    target = functional.log_softmax(teacher_BC.float() / temperature, dim=1)
+    divergence = functional.kl_div(student, target, reduction="sum", log_target=True)
+    return soft * temperature**2 * divergence + hard * functional.cross_entropy(logits_BC, labels_B, reduction="sum")
+
+
+def matched(own: tuple[Any, ...], teacher: tuple[Any, ...]) -> list[tuple[Any, Any]]:
+    """Pairs layer i of the student with the teacher's layer at the same relative height."""
+    return [(layer, teacher[(index + 1) * len(teacher) // len(own) - 1]) for index, layer in enumerate(own)]
+
+
+def token_mse(pairs: list[tuple[torch.Tensor, torch.Tensor]], mask_BL: torch.Tensor) -> torch.Tensor:
+    """Returns Σ over rows of the mean squared difference over real tokens and features, averaged over layer pairs.
+
+    Args:
+        pairs: tensors of shape (B, L, F).
+        mask_BL: 1 for real tokens.
+    """
+    import torch
+
+    weight_BL = mask_BL / mask_BL.sum(dim=1, keepdim=True)
+    losses = [(((own.float() - other.float()) ** 2).mean(dim=2) * weight_BL).sum() for own, other in pairs]
+    return torch.stack(losses).mean()
+
+
+def teacher_logits(model: Any, task: Classification, examples: list[Example], processes: Processes, path: Path) -> np.ndarray:
+    """Returns the teacher's logits for every example, shape (N, C); computed once, then read from `path`."""
+    import numpy as np
+    import torch
+
+    from engine.evaluate import classifier_logits
+
+    if not path.exists():
+        with torch.autocast(processes.device.type, torch.bfloat16, enabled=processes.precision == "bf16"):
+            share = classifier_logits(model.to(processes.device), task, examples, processes.rank, processes.processes)
+        shares = processes.gather(share)
+        if processes.main:
+            logits = np.zeros((len(examples), len(task.labels)), dtype=np.float32)
+            for rows, values in shares:
+                logits[rows] = values
+            part = path.with_suffix(".tmp.npy")
+            np.save(part, logits)
+            part.rename(path)
+        processes.barrier()
+    return np.load(path)
+
+
+def run(stage: Stage[DistillConfig]) -> None:
+    """Runs one distillation stage on this rank."""
+    config = stage.config
+    teacher_path = stage.recipe.find_model(config.teacher)
+    stage.inputs  # noqa: B018 - missing inputs show before anything heavy is loaded
+    from engine.data.rows import LabelledBatches, prepare
+    from engine.distributed import Processes
+    from engine.finetune import hand_over, saver
+    from engine.loop import Fit, Judge
+    from engine.models import load_model, load_tokenizer, set_dropout
+    from engine.tasks.classification import Classification
+
+    started = time.monotonic()
+    rows = load_splits(config.data, stage.recipe, config.task.text, config.task.columns)
+    # Fused attention kernels do not give their maps away.
+    attention = "eager" if config.attention else None
+    teacher = load_model(teacher_path, "classification", attention=attention).eval()
+    labels = [teacher.config.id2label[index] for index in range(teacher.config.num_labels)]
+    task = Classification(config.task, labels, load_tokenizer(teacher_path), config.max_length)
+    held_out = {str(row[config.task.text]) for name in ("validation", "test") for row in rows.get(name, [])}
+    texts = transfer_texts(config.transfer, stage, held_out) if config.transfer else []
+    rows["train"] += [{config.task.text: text} for text in texts]
+    data = prepare(rows, task)
+    processes = Processes(config.train, config.parallel, config.processes)
+    student_path = stage.recipe.find_model(config.student.model) if config.student.model else teacher_path
+    student = load_model(student_path, "classification", attention=attention)
+    if config.student.layers is not None:
+        keep_layers(student, layers_to_keep(config.student.layers, student.config.num_hidden_layers))
+    if config.train.dropout is not None:
+        set_dropout(student, config.train.dropout)
+    if processes.main:
+        stage.begin()
+    processes.barrier()
+    logits = teacher_logits(teacher, task, data.examples["train"], processes, stage.partial / "teacher_logits.npy")
+    matching = teacher.to(processes.device) if config.hidden or config.attention else None
+    batches = LabelledBatches(data.examples["train"], task, config.train.batch_size, stage.seed, {"teacher_logits": logits})
+    judge = Judge(lambda model, ranks: data.evaluate(model, "validation", ranks)[0], "accuracy", True)
+    loss = DistillationLoss(config, task, matching)
+    fit = Fit(processes, student, loss, batches, judge, saver(student, task.tokenizer), stage.partial, stage.name, stage.seed)
+    fit.tracker.say(f"{processes.describe}; {data.describe}; {len(texts):,} transfer texts")
+    state = fit.run()
+    hand_over(stage, processes, data, state, fit.weights, started)
+    processes.close()
+
+
+def main() -> None:
+    """Entry point of `accelerate launch -m export.compress.distill RECIPE --stage NAME`."""
+    stage_main("export.compress.distill", DistillConfig, run)
+
+
+if __name__ == "__main__":
+    main()
