@@ -5,7 +5,31 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertTokenizer
 
-WORDS = "the a film plot actor scene was is very not good bad great dull warm cold long short story and but with of".split()
+WORDS = [
+    "the",
+    "a",
+    "film",
+    "plot",
+    "actor",
+    "scene",
+    "was",
+    "is",
+    "very",
+    "not",
+    "good",
+    "bad",
+    "great",
+    "dull",
+    "warm",
+    "cold",
+    "long",
+    "short",
+    "story",
+    "and",
+    "but",
+    "with",
+    "of",
+]
 
 
 def tiny_config(**changes):

@@ -12,7 +12,11 @@ from engine.tasks.classification import Classification
 from export.compress.distill import classification_loss, layers_to_keep, matched, sentences_of, token_mse
 from tests.unit.models import tiny_classifier, tiny_tokenizer
 
-ROWS = [{"text": "a good film", "label": "1"}, {"text": "bad", "label": "0"}, {"text": "the plot was very very dull", "label": "0"}]
+ROWS = [
+    {"text": "a good film", "label": "1"},
+    {"text": "bad", "label": "0"},
+    {"text": "the plot was very very dull", "label": "0"},
+]
 CONFIG = ClassificationConfig(type="classification")
 
 

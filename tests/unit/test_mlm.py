@@ -32,7 +32,7 @@ def test_masking_takes_15_percent_and_splits_them_80_10_10():
 
 
 def test_special_tokens_are_neither_predicted_nor_drawn_as_replacement():
-    tokens = np.resize(np.array(SPECIAL + [7]), 60_000)
+    tokens = np.resize(np.array([*SPECIAL, 7]), 60_000)
     corrupted, labels = objective().corrupt(tokens, generator(1, "mask"))
     assert (labels[np.isin(tokens, SPECIAL)] == IGNORED).all()
     changed = (corrupted != tokens) & (corrupted != MASK)

@@ -1,0 +1,1 @@
+"""First floor, stands on engine: a model directory in, a smaller model or a served engine out."""

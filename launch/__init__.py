@@ -1,0 +1,1 @@
+"""Top floor: where and how stages start, and the command line."""
