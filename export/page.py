@@ -1,0 +1,282 @@
+"""The HTML page of a report: figures and plots of a run laid out by `report.html` (Jinja2); no script, nothing from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engine.intervals import Interval
+from export import plots
+from export.report import Run, bundle_identity, judged, read_history, replay_recipe
+
+RAIL_ROW, RAIL_LANE = 70, 13
+"""Pixels between two stages in the picture of the chain, and between two of its lines."""
+RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}
+Figures = list[dict[str, str]]
+
+
+def render(run: Run) -> str:
+    """Returns the page."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(megabytes=megabytes, count=count, duration=duration, interval=interval)
+    return environment.get_template("report.html").render(
+        run=run,
+        name=next(iter(run.stages.values()))["recipe"],
+        headline=headline(run),
+        tiles=tiles(run),
+        rail=rail(run),
+        rows=[row(run, name) for name in run.stages],
+        figures=figures(run),
+        curves=training_curves(run),
+        engines=engines(run),
+        versions=versions(run),
+        bundle=bundle_identity(run),
+        recipe=replay_recipe(run),
+    )
+
+
+def megabytes(value: float | None) -> str:
+    """Formats bytes as MB (10⁶ bytes)."""
+    return "–" if value is None else f"{value / 1e6:,.1f} MB"
+
+
+def count(value: float | None) -> str:
+    """Formats a number of parameters or examples: 22.7 M, 853."""
+    if value is None:
+        return "–"
+    for size, unit in ((1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:,.1f} {unit}"
+    return f"{value:,.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Formats seconds: 4.2 s, 3 min 05 s, 2 h 10 min."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def interval(value: Interval | dict[str, Any], digits: int = 1) -> str:
+    """Formats the ends of an interval: 83.9 to 88.2."""
+    low, high = (value.low, value.high) if isinstance(value, Interval) else (value["low"], value["high"])
+    return f"{low:.{digits}f} to {high:.{digits}f}".replace("-", "−")
+
+
+def headline(run: Run) -> str:
+    """Returns the verdict in one sentence."""
+    final, comparison = run.final, (run.final or {}).get("comparison") or {}
+    accuracy = judged(final) if final else None
+    if final is None or accuracy is None:
+        return "No engine has been exported yet." if final is None else ""
+    split, value = accuracy
+    text = f"The engine of stage “{final['stage']}” is right on {value.value:.1f} % of the {split} rows"
+    drop, speed = comparison.get("accuracy_drop_points"), comparison.get("speedup_vs_torch_fp32")
+    if drop:
+        side = "below" if drop["value"] >= 0 else "above"
+        text += f", {abs(drop['value']):.1f} points {side} “{comparison['baseline']}”"
+    if speed:
+        text += f", and {speed['value']:.1f} times as fast as “{comparison['baseline']}” in PyTorch fp32"
+    return text + "."
+
+
+def tiles(run: Run) -> Figures:
+    """Returns the figures of the header: {"label", "value", "unit", "detail"}."""
+    final = run.final
+    record = final or run.stages[run.chain()[-1]]
+    found: Figures = []
+
+    def tile(label: str, value: str, unit: str, detail: str) -> None:
+        found.append({"label": label, "value": value, "unit": unit, "detail": detail})
+
+    accuracy = judged(record)
+    if accuracy:
+        split, value = accuracy
+        examples = record["metrics"][split]["examples"]
+        tile(
+            f"Accuracy of {record['stage']}",
+            f"{value.value:.1f}",
+            "%",
+            f"{interval(value)} · {split}, n\u00a0=\u00a0{examples:,.0f}",
+        )
+    comparison = record.get("comparison") or {}
+    baseline = comparison.get("baseline")
+    for key, label, unit in (
+        ("accuracy_drop_points", f"Drop from {baseline}", "points"),
+        ("speedup_vs_torch_fp32", f"Over {baseline} in PyTorch fp32", "× faster"),
+        ("speedup_vs_onnx_fp32", f"Over {baseline} in ONNX Runtime fp32", "× faster"),
+    ):
+        figure = comparison.get(key)
+        if figure:
+            points = key == "accuracy_drop_points"
+            detail = f"{interval(figure)} · " + (
+                "paired bootstrap" if points else f"batch\u00a01, {record['benchmark']['threads']}\u00a0threads"
+            )
+            tile(label, f"{figure['value']:.1f}", unit, detail)
+    size = record.get("weight_bytes")
+    if size is not None:
+        ratio = comparison.get("weight_bytes_ratio")
+        detail = f"{ratio:.1%} of {baseline}" if ratio else f"{count(record.get('parameters'))} parameters"
+        tile("Weights", f"{size / 1e6:,.1f}", "MB", detail)
+    engine = run.measurements().get(f"{record['stage']}/engine")
+    if engine:
+        tile("Latency at batch 1", f"{engine['median_ms']:.2f}", "ms", f"median; p95 {engine['p95_ms']:.2f} ms")
+    return found
+
+
+def rail(run: Run) -> dict[str, Any]:
+    """Returns the picture of who reads whom as SVG paths: an arc diagram, one stage a row; a stage's readers share its arc."""
+    index = {name: number for number, name in enumerate(run.stages)}
+    readers: dict[str, list[int]] = {name: [] for name in index}
+    for name in index:
+        for other in set(run.upstream(name).values()):
+            readers[other].append(index[name])
+    spans = {name: (index[name], max(rows)) for name, rows in readers.items() if any(row > index[name] + 1 for row in rows)}
+    lane_of = lanes(spans)
+    width = RAIL_LANE * (max(lane_of.values(), default=-1) + 2) + 10
+    x, paths = width - 12, []
+    for name, rows in readers.items():
+        top = _middle(index[name])
+        for target in rows:
+            bottom = _middle(target)
+            if target == index[name] + 1:
+                path = f"M{x} {top}V{bottom}"
+            else:
+                side = x - RAIL_LANE * (lane_of[name] + 1)
+                path = f"M{x} {top}Q{side} {top} {side} {top + 24}V{bottom - 24}Q{side} {bottom} {x} {bottom}"
+            paths.append({"d": path, "kind": run.stages[name]["kind"]})
+    nodes = [{"x": x, "y": _middle(number), "kind": run.stages[name]["kind"]} for name, number in index.items()]
+    return {"width": width, "height": RAIL_ROW * len(index), "row": RAIL_ROW, "paths": paths, "nodes": nodes}
+
+
+def lanes(spans: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """Gives each (first, last) span the innermost lane in which it crosses no other, short spans first."""
+    placed: dict[str, int] = {}
+    for name, (first, last) in sorted(spans.items(), key=lambda item: item[1][1] - item[1][0]):
+        taken = {placed[other] for other in placed if spans[other][0] < last and first < spans[other][1]}
+        placed[name] = next(lane for lane in range(len(spans)) if lane not in taken)
+    return placed
+
+
+def _middle(number: int) -> int:
+    return number * RAIL_ROW + RAIL_ROW // 2
+
+
+def row(run: Run, name: str) -> dict[str, Any]:
+    """Returns what the chain's picture and the table show of one stage."""
+    record = run.stages[name]
+    accuracy = judged(record)
+    return {
+        "record": record,
+        "split": accuracy[0] if accuracy else None,
+        "accuracy": accuracy[1] if accuracy else None,
+        "metrics": record.get("metrics", {}).get(accuracy[0] if accuracy else "validation", {}),
+        "latency": run.latency(name),
+        "reads": ", ".join(dict.fromkeys(run.upstream(name).values())),
+        "stale": run.stale(name),
+        "seconds": record.get("seconds", {}).get("this_run"),
+    }
+
+
+def figures(run: Run) -> Figures:
+    """Returns the plots of accuracy, size and latency: {"title", "caption", "svg"}; what was not measured is left out."""
+    chain, found = run.chain(), []
+    accuracies = {name: entry for name, record in run.stages.items() if (entry := judged(record))}
+    split = next((accuracies[name][0] for name in reversed(chain) if name in accuracies), None)
+    on_split = {name: accuracy for name, (on, accuracy) in accuracies.items() if on == split}
+    steps = [(name, on_split[name]) for name in chain if name in on_split]
+    beside = [(name, value) for name, value in on_split.items() if name not in chain]
+    if steps:
+        caption = f"Share of {split} rows classified right. Bars: change from the stage before; whiskers: Wilson 95 % intervals."
+        found.append(_figure("Accuracy along the chain", caption, plots.accuracy_waterfall(steps, True, "chain")))
+    sizes = [(name, run.stages[name]["weight_bytes"]) for name in chain if run.stages[name].get("weight_bytes")]
+    if sizes:
+        caption = "Bytes of the weights on disk; the shadow is what a stage took away."
+        found.append(_figure("Size along the chain", caption, plots.size_waterfall(sizes)))
+    measured = engines(run)
+    if measured:
+        times = [(engine["label"], engine["interval"], engine["engine"]) for engine in measured]
+        caption = "One row at its own length per call, engines interleaved in one process."
+        found.append(_figure("Latency", caption, plots.latency_waterfall(times)))
+        points = [
+            (_short(engine), engine["interval"], on_split[engine["stage"]], engine["engine"])
+            for engine in measured
+            if engine["stage"] in on_split
+        ]
+        if points:
+            caption = (
+                "Up and left is better; ONNX Runtime where nothing else is said. The line joins what nothing else beats in both; "
+                "whiskers: accuracy intervals."
+            )
+            found.append(_figure("Accuracy against latency", caption, plots.pareto(points)))
+    if beside:
+        caption = f"Classifiers that are not on the way to the last model, on the {split} rows."
+        found.append(_figure("Beside the chain", caption, plots.accuracy_waterfall(beside, False, "beside")))
+    return found
+
+
+def _short(engine: dict[str, Any]) -> str:
+    kind = engine["precision"] if engine["engine"] else "" if engine["runtime"] == "onnxruntime" else "PyTorch"
+    return f"{engine['stage']} {kind}".rstrip()
+
+
+def _figure(title: str, caption: str, svg: str) -> dict[str, str]:
+    return {"title": title, "caption": caption, "svg": svg}
+
+
+def engines(run: Run) -> list[dict[str, Any]]:
+    """Returns the latencies in the order of the stages; PyTorch before ONNX Runtime."""
+    order = list(run.stages)
+    entries = [(key, entry) for key, entry in run.measurements().items() if entry["stage"] in order]
+    entries.sort(key=lambda item: (order.index(item[1]["stage"]), item[1]["runtime"] != "torch"))
+    return [
+        {
+            **entry,
+            "label": f"{entry['stage']}\n{RUNTIMES.get(entry['runtime'], entry['runtime'])} {entry['precision']}",
+            "interval": Interval(entry["median_ms"], entry["low"], entry["high"]),
+            "engine": key.endswith("/engine"),
+        }
+        for key, entry in entries
+    ]
+
+
+def training_curves(run: Run) -> Figures:
+    """Returns a plot for each stage that trained."""
+    found = []
+    for name, record in run.stages.items():
+        history = read_history(run.directory / name)
+        training = [(line["step"], line["loss"]) for line in history if "loss" in line]
+        judgements = [(line["step"], line["validation"]) for line in history if "validation" in line]
+        if not training:
+            continue
+        losses = {"training": training}
+        if record["kind"] != "distill":  # its training loss is the distance to the teacher, another quantity
+            losses["validation"] = [(step, values["loss"]) for step, values in judgements]
+        accuracy = [(step, values["accuracy"]) for step, values in judgements if step and "accuracy" in values]
+        best = record.get("best_step")
+        svg = plots.curves(name, losses, "accuracy in %", accuracy, best)
+        facts = [f"{record.get('steps', training[-1][0]):,} steps in {duration(record.get('seconds', {}).get('training'))}"]
+        facts += [f"best at step {best:,}"] if best else []
+        facts += [str(record["processes"])] if "processes" in record else []
+        found.append(_figure(f"{name} · {record['kind']}", "; ".join(facts), svg))
+    return found
+
+
+def versions(run: Run) -> dict[str, str]:
+    """Returns {package: version}; where stages ran with different ones, all of them."""
+    found: dict[str, dict[str, None]] = {}
+    for record in run.stages.values():
+        for package, version in record["versions"].items():
+            found.setdefault(package, {})[version] = None
+    return {package: ", ".join(different) for package, different in sorted(found.items())}
