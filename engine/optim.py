@@ -23,4 +23,5 @@ def build_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.O
         except ImportError:
             raise UserError("train.optimizer=adamw_8bit needs bitsandbytes: pip install bitsandbytes, or use adamw") from None
         return bitsandbytes.optim.AdamW8bit(groups, lr=train.learning_rate, betas=train.betas)
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas)
+    # One fused pass over each tensor: several times faster than the default on CPUs, the same mathematics.
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=train.betas, fused=True)

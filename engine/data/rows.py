@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from engine.data.batches import BatchPlan
 from engine.data.sources import Row
-from engine.evaluate import evaluate_classifier
+from engine.evaluate import evaluate_classifier, write_jsonl
 from engine.tasks.classification import Classification, Example
 
 if TYPE_CHECKING:
@@ -34,6 +36,26 @@ class Prepared:
         """Returns (metrics, logits) of a split, shared out over all ranks."""
         examples = self.examples[split]
         return evaluate_classifier(model, self.task, examples, processes.gather, processes.rank, processes.processes)
+
+    def judge(
+        self, evaluate: Callable[[list[Example]], tuple[dict[str, float], np.ndarray]], output: Path | None
+    ) -> dict[str, dict[str, float]]:
+        """Judges a finished model or engine on the held-out splits.
+
+        Args:
+            evaluate: returns (metrics, logits) of examples.
+            output: where `predictions.jsonl` (test) and `validation_predictions.jsonl` go; None: nowhere.
+
+        Returns:
+            the metrics of each split.
+        """
+        metrics = {}
+        for split, name in (("validation", "validation_predictions.jsonl"), ("test", "predictions.jsonl")):
+            if split in self.examples:
+                metrics[split], logits = evaluate(self.examples[split])
+                if output:
+                    write_jsonl(output / name, self.task.predictions(self.examples[split], logits))
+        return metrics
 
 
 def prepare(rows: dict[str, list[Row]], task: Classification) -> Prepared:

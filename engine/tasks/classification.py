@@ -6,6 +6,7 @@ Shapes: B rows, L tokens, C classes.
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from engine.data.sources import Row
 from engine.errors import UserError, did_you_mean
+from engine.models import check_length, load_tokenizer, read_config
 from engine.tasks import ClassificationConfig
 
 Example = dict[str, Any]
@@ -49,6 +51,24 @@ class Classification:
         if len(labels) < 2:
             raise UserError(f"column '{config.label}' holds only the label {labels}: a classifier needs at least two")
         return labels
+
+    @classmethod
+    def of_model(cls, config: ClassificationConfig, model: Path | str, max_length: int) -> Classification:
+        """Returns the task as a fine-tuned model does it: its tokenizer, its labels.
+
+        Raises:
+            UserError: the model's positions do not reach max_length.
+        """
+        about = read_config(model)
+        check_length(max_length, about, "max_length", model)
+        labels = [about.id2label[index] for index in range(about.num_labels)]
+        return cls(config, labels, load_tokenizer(model), max_length)
+
+    @property
+    def inputs(self) -> list[str]:
+        """Names of the model's inputs, in order."""
+        names = ["input_ids", "attention_mask", "token_type_ids"]
+        return [name for name in names if name in self.tokenizer.model_input_names]
 
     def encode(self, rows: list[Row]) -> list[Example]:
         """Tokenizes rows in order.
@@ -100,10 +120,7 @@ class Classification:
 
     def logits(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Returns the class scores before the softmax, shape (B, C), float32."""
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        if "token_type_ids" in self.tokenizer.model_input_names:
-            inputs["token_type_ids"] = batch["token_type_ids"]
-        return model(**inputs).logits.float()
+        return model(**{name: batch[name] for name in self.inputs}).logits.float()
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross entropy: (sum over labelled rows, number of labelled rows)."""

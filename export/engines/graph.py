@@ -1,0 +1,164 @@
+"""Model → ONNX with dynamic batch and sequence, and the rewrites that all engines profit from.
+
+Shapes: B rows, L tokens, C classes.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+
+OPSET = 20
+"""Opset 23 has an Attention operator that TensorRT-RTX parses but cannot build."""
+OUTPUT = "logits"
+
+
+class _Classifier(torch.nn.Module):
+    """The model as its graph is wanted: 0/1 mask in, logits out, the additive mask computed by three nodes."""
+
+    def __init__(self, model: Any, inputs: list[str]) -> None:
+        super().__init__()
+        self.model = model
+        self.inputs = inputs
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(self.inputs, tensors, strict=True))
+        mask_BL = named.pop("attention_mask")
+        lowest = torch.finfo(torch.float32).min
+        mask = (1.0 - mask_BL[:, None, None, :].to(torch.float32)) * lowest
+        return self.model(**named, attention_mask=mask).logits
+
+
+def export_onnx(model: Any, inputs: list[str]) -> onnx.ModelProto:
+    """Traces a classifier with dynamic batch and sequence.
+
+    Args:
+        model: of transformers, loaded with attention "eager": fused attention adds nodes that engines do not know.
+        inputs: names in order, of input_ids, attention_mask and token_type_ids; each int64 of shape (B, L).
+
+    Returns:
+        an ONNX model with float32 output "logits" of shape (B, C).
+    """
+    from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
+
+    shape = NormalizedTextConfig(model.config)
+    generator = DummyTextInputGenerator("text-classification", shape, batch_size=2, sequence_length=16)
+    dummies = tuple(generator.generate(name, framework="pt") for name in inputs)
+    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    training = model.training
+    model.eval()
+    with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            _Classifier(model, inputs).eval(),
+            dummies,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=inputs,
+            output_names=[OUTPUT],
+            dynamic_shapes=((axes,) * len(inputs),),
+            verbose=False,
+        )
+    model.train(training)
+    assert program is not None
+    proto = program.model_proto
+    onnx.checker.check_model(proto)
+    return proto
+
+
+class _quiet:  # noqa: N801 - reads as a statement
+    """Silences a logger for a while: the tracer reports operators of packages that are not installed."""
+
+    def __init__(self, name: str) -> None:
+        self.logger = logging.getLogger(name)
+
+    def __enter__(self) -> None:
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.setLevel(self.level)
+
+
+def initializers(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """Returns {name: tensor} of the model's constants."""
+    return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def weight_matmuls(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, np.ndarray]]:
+    """Returns (node, weight of shape (in, out)) of every MatMul with a constant matrix on its right."""
+    constants = initializers(model)
+    found = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in constants]
+    return [(node, numpy_helper.to_array(constants[node.input[1]])) for node in found]
+
+
+def merge_projections(model: onnx.ModelProto) -> int:
+    """Merges linear layers that read the same tensor (query, key and value) into one, split afterwards; in place.
+
+    One matrix product of three times the width costs less than three, and is quantized once.
+
+    Returns:
+        how many groups were merged.
+    """
+    graph = model.graph
+    constants = initializers(model)
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    groups: dict[str, list[tuple[onnx.NodeProto, onnx.NodeProto]]] = {}
+    for node, weight in weight_matmuls(model):
+        after = readers.get(node.output[0], [])
+        if weight.ndim == 2 and len(after) == 1 and after[0].op_type == "Add" and after[0].input[1] in constants:
+            groups.setdefault(node.input[0], []).append((node, after[0]))
+    merged = 0
+    for source, layers in groups.items():
+        if len(layers) < 2:
+            continue
+        weights = [numpy_helper.to_array(constants[node.input[1]]) for node, _ in layers]
+        biases = [numpy_helper.to_array(constants[add.input[1]]) for _, add in layers]
+        name = f"{source}_merged"
+        sizes = np.asarray([weight.shape[1] for weight in weights], dtype=np.int64)
+        graph.initializer.extend(
+            [
+                numpy_helper.from_array(np.concatenate(weights, axis=1), f"{name}_weight"),
+                numpy_helper.from_array(np.concatenate(biases), f"{name}_bias"),
+                numpy_helper.from_array(sizes, f"{name}_sizes"),
+            ]
+        )
+        new = [
+            onnx.helper.make_node("MatMul", [source, f"{name}_weight"], [f"{name}_product"], name=f"{name}_matmul"),
+            onnx.helper.make_node("Add", [f"{name}_product", f"{name}_bias"], [name], name=f"{name}_add"),
+            onnx.helper.make_node(
+                "Split", [name, f"{name}_sizes"], [add.output[0] for _, add in layers], name=f"{name}_split", axis=-1
+            ),
+        ]
+        place = list(graph.node).index(layers[0][0])
+        for offset, node in enumerate(new):
+            graph.node.insert(place + offset, node)
+        for node, add in layers:
+            graph.node.remove(node)
+            graph.node.remove(add)
+        merged += 1
+    drop_unused(model)
+    return merged
+
+
+def drop_unused(model: onnx.ModelProto) -> None:
+    """Removes constants that no node reads, in place."""
+    used = {name for node in model.graph.node for name in node.input} | {item.name for item in model.graph.output}
+    for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in used]:
+        model.graph.initializer.remove(tensor)
+
+
+def weight_bytes(model: onnx.ModelProto | Path) -> int:
+    """Returns the bytes of all constants of an ONNX model."""
+    proto = onnx.load(model) if isinstance(model, Path) else model
+    return sum(numpy_helper.to_array(tensor).nbytes for tensor in proto.graph.initializer)
