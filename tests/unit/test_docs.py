@@ -1,0 +1,39 @@
+"""What the documentation promises is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from engine.config import load_recipe
+from launch.recipe import KINDS, load_stages
+
+ROOT = Path(__file__).parents[2]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_relative_link_leads_somewhere(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_page_is_linked_from_the_index():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    assert [
+        page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md" and f"({page.name})" not in index
+    ] == []
+
+
+def test_the_recipe_in_the_readme_is_valid(tmp_path):
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    path = tmp_path / "reviews.yaml"
+    path.write_text(block, encoding="utf-8")
+    stages = load_stages(load_recipe(path))
+    assert [stage.name for stage in stages] == list(yaml.safe_load(block)["stages"])
+
+
+def test_every_kind_of_stage_is_named_in_the_changelog():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert [kind for kind in KINDS if f"`{kind}`" not in text] == []
