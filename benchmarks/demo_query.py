@@ -119,9 +119,9 @@ def summary(run: Run) -> Any:
         if any(times):
             table.add_row(f"batch 1, ms: {title}", *(f"{entry['median_ms']:.2f}" if entry else "" for entry in times))
     for key, title in {
-        "accuracy_drop_points": "drop, points",
-        "speedup_vs_torch_fp32": "times faster than PyTorch fp32",
-        "speedup_vs_onnx_fp32": "times faster than ONNX Runtime fp32",
+        "accuracy_drop_points": "drop of accuracy, points",
+        "speedup_vs_torch_fp32": "speed-up over PyTorch fp32",
+        "speedup_vs_onnx_fp32": "speed-up over ONNX Runtime fp32",
     }.items():
         entry = comparison.get(key)
         if entry:
