@@ -1,7 +1,8 @@
 """Checkpoints of a running stage: complete directories or none, each with the hashes of its files.
 
 Layout: `<stage>.partial/checkpoints/step-00000100/` with the shards of every rank, `state.json` (where the run stands) and
-`manifest.json` (SHA-256 of every file). A checkpoint whose hashes do not match is passed over for the one before.
+`manifest.json` (SHA-256 of every file). A checkpoint whose hashes do not match is passed over for the one before. The weights
+that a checkpoint would hand on lie in `weights/step-00000080/` for as long as a checkpoint names them.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.distributed import Processes, Trainer
-from engine.errors import UserError
+from engine.errors import UserError, disk_full
 from engine.stage import hash_directory, publish
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
 
 
 @dataclass
@@ -28,6 +30,8 @@ class TrainState:
     best: float | None = None
     """Best validation metric so far."""
     best_step: int = 0
+    weights_step: int = 0
+    """Step whose weights are handed on, as things stand."""
     evaluations_without_gain: int = 0
     seconds: float = 0.0
     """Training time of all runs together."""
@@ -35,6 +39,12 @@ class TrainState:
     """Validation metrics before the first step."""
     stop: str | None = None
     """Why training ended before its last step."""
+
+
+def step_numbers(directory: Path) -> list[int]:
+    """Returns the numbers of the complete `step-…` directories, oldest first."""
+    found = [path.name.removeprefix("step-") for path in directory.glob("step-*")]
+    return sorted(int(name) for name in found if name.isdigit())
 
 
 class Checkpoints:
@@ -52,44 +62,38 @@ class Checkpoints:
             UserError: the disk is full; the checkpoints already there are untouched.
         """
         target = self.directory / f"step-{state.step:08d}"
-        part = self.directory / f"{target.name}.tmp"
+        part = target.with_suffix(".tmp")
         if self.processes.main:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         self.processes.barrier()
-        failed = None
         try:
             trainer.save_shards(part)
-        except Exception as error:  # torch reports a full disk as RuntimeError
-            failed = str(error).splitlines()[0] if str(error) else type(error).__name__
-        failures = [message for message in self.processes.gather(failed) if message]
-        if not failures and self.processes.main:
-            failures = self._publish(part, target, state)
-        failures = [message for share in self.processes.gather(failures) for message in share]
-        if failures:
+            self.processes.barrier()
             if self.processes.main:
-                shutil.rmtree(part, ignore_errors=True)
+                (part / STATE).write_text(json.dumps({**asdict(state), "processes": self.processes.processes}))
+                (part / MANIFEST).write_text(json.dumps(hash_directory(part)))
+                publish(part, target)
+                for step in self.steps()[: -self.keep]:
+                    shutil.rmtree(self.directory / f"step-{step:08d}")
+        except Exception as error:
+            # The other ranks may wait for this one in a collective of the save: this one must go, which ends them too.
+            shutil.rmtree(part, ignore_errors=True)
+            if not disk_full(error):
+                raise
             kept = self.steps()
-            left = f"checkpoint of step {kept[-1]} is intact" if kept else "no earlier checkpoint exists"
-            raise UserError(
-                f"{target}: the checkpoint could not be written ({failures[0]}): free disk space and run again; {left}"
-            )
+            left = f"the checkpoint of step {kept[-1]} is intact" if kept else "there is no earlier checkpoint"
+            raise UserError(f"{target}: disk full while saving the checkpoint: free some space and run again; {left}") from None
+        self.processes.barrier()
 
-    def _publish(self, part: Path, target: Path, state: TrainState) -> list[str]:
-        try:
-            (part / "state.json").write_text(json.dumps({**asdict(state), "processes": self.processes.processes}))
-            (part / MANIFEST).write_text(json.dumps(hash_directory(part)))
-            publish(part, target)
-        except OSError as error:
-            return [error.strerror or str(error)]
-        for step in self.steps()[: -self.keep]:
-            shutil.rmtree(self.directory / f"step-{step:08d}")
-        return []
+    def weights_steps(self) -> set[int]:
+        """Returns the steps whose weights a checkpoint on disk would hand on."""
+        states = [self.directory / f"step-{step:08d}" / STATE for step in self.steps()]
+        return {json.loads(path.read_text())["weights_step"] for path in states}
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, oldest first."""
-        found = [path.name.removeprefix("step-") for path in self.directory.glob("step-*")]
-        return sorted(int(name) for name in found if name.isdigit())
+        return step_numbers(self.directory)
 
     def resume(self, trainer: Trainer) -> TrainState | None:
         """Loads the newest intact checkpoint; every rank must call it.
@@ -104,7 +108,7 @@ class Checkpoints:
         if chosen is None:
             return None
         path = self.directory / f"step-{chosen:08d}"
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        state: dict[str, Any] = json.loads((path / STATE).read_text())
         before = state.pop("processes")
         if before != self.processes.processes:
             raise UserError(

@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError, core_schema
 
 from engine.errors import UserError, did_you_mean
+from engine.zero import find_zero_config
 
 
 class Strict(BaseModel):
@@ -62,6 +63,10 @@ class ModelRef(_Reference):
 
 class FileRef(_Reference):
     """A file: a path (relative to the recipe) or `package:NAME/path`."""
+
+
+class ZeroRef(_Reference):
+    """A DeepSpeed JSON: the name of a file in ds_configs/ (zero0 … zero3) or a path (relative to the recipe)."""
 
 
 def references(config: Any, where: str = "") -> Iterator[tuple[str, _Reference]]:
@@ -158,19 +163,43 @@ class Recipe:
             shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool)) else ""
             raise self.error(key, f"{key}: {message[:1].lower()}{message[1:]}{shown}") from None
 
+    def find(self, reference: _Reference, key: str) -> Path | str:
+        """Returns what `reference` names: a path, or the hub id of a model unchanged.
+
+        Args:
+            reference: a validated reference.
+            key: dotted key where it stands, for the line of an error.
+
+        Raises:
+            UserError: there is nothing by that name.
+        """
+        try:
+            if isinstance(reference, ZeroRef):
+                return self.find_zero(reference)
+            return self.find_model(reference) if isinstance(reference, ModelRef) else self.find_file(reference)
+        except UserError as error:
+            raise self.error(key, str(error)) from None
+
     def find_file(self, reference: str) -> Path:
-        """Returns the existing file or directory that a FileRef names; relative paths start at the recipe's directory.
+        """Returns the existing file that a FileRef names; relative paths start at the recipe's directory.
 
         Raises:
             UserError: there is none.
         """
-        if reference.startswith("package:"):
-            return package_path(reference)
-        path = Path(reference).expanduser()
-        path = path if path.is_absolute() else self.path.parent / path
+        path = self._path(reference)
         if not path.exists():
-            raise UserError(f"{path}: no such file (named in {self.path}; relative paths start at the recipe's directory)")
+            raise UserError(f"{path}: no such file (relative paths start at the recipe's directory)")
+        if path.is_dir():
+            raise UserError(f"{path}: a directory where a file is needed")
         return path
+
+    def find_zero(self, reference: str) -> Path:
+        """Returns the DeepSpeed JSON that a ZeroRef names.
+
+        Raises:
+            UserError: there is none.
+        """
+        return find_zero_config(reference, self.path.parent)
 
     def find_model(self, reference: str) -> Path | str:
         """Returns the directory that a ModelRef names, or the hub id unchanged.
@@ -180,23 +209,21 @@ class Recipe:
         """
         if reference in self.stages:
             return self.directory(reference)
-        if reference.startswith("package:"):
-            path = package_path(reference)
-        else:
-            path = Path(reference).expanduser()
-            path = path if path.is_absolute() else self.path.parent / path
-            if not path.exists():
-                # A hub id is `name` or `owner/name`; anything else was meant as a path or as a stage.
-                looks_like_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", reference) and not reference.startswith(".")
-                if not looks_like_hub_id:
-                    raise UserError(
-                        f"{self.path}: model '{reference}' is no stage of this recipe, no directory and no hub id "
-                        f"(owner/name){did_you_mean(reference, list(self.stages))}"
-                    )
+        path = self._path(reference)
+        if not path.exists():
+            # A hub id is `owner/name`; anything else was meant as a path or as a stage.
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", reference) and not reference.startswith("."):
                 return reference
+            known = did_you_mean(reference, list(self.stages))
+            raise UserError(f"model '{reference}' is no stage of this recipe, no directory and no hub id (owner/name){known}")
         if not (path / "config.json").is_file():
             raise UserError(f"{path}: not a model directory (no config.json)")
         return path
+
+    def _path(self, reference: str) -> Path:
+        if reference.startswith("package:"):
+            return package_path(reference)
+        return self.path.parent / Path(reference).expanduser()
 
 
 Section = TypeVar("Section", bound=Strict)

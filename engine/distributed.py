@@ -3,92 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-import importlib.resources
-import json
+import io
+import logging
+import math
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from engine.config import Recipe
+from engine.data.batches import accumulation_steps
 from engine.errors import UserError
 from engine.optim import build_optimizer
 from engine.randomness import torch_seed
-from engine.train_config import TrainConfig
+from engine.train_config import Trained
+from engine.zero import read_zero_config
 
 Batch = dict[str, Any]
 Loss = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]]
 
 
-def zero_config_names() -> list[str]:
-    """Returns the names of the shipped ZeRO configurations."""
-    return sorted(
-        p.name.removesuffix(".json") for p in importlib.resources.files("ds_configs").iterdir() if p.name.endswith(".json")
-    )
-
-
-def read_zero_config(name: str) -> dict[str, Any]:
-    """Reads a DeepSpeed JSON by the name of a file in ds_configs/ or by path.
-
-    Raises:
-        UserError: no such configuration, or not JSON.
-    """
-    shipped = importlib.resources.files("ds_configs") / f"{name}.json"
-    path: Any = shipped if shipped.is_file() else Path(name).expanduser()
-    if not path.is_file():
-        near = difflib.get_close_matches(name, zero_config_names(), n=1)
-        hint = f": did you mean '{near[0]}'?" if near else ""
-        raise UserError(f"parallel '{name}' is no file and none of {', '.join(zero_config_names())}{hint}")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-
-
-def fill_zero_config(name: str, config: dict[str, Any], decided: dict[str, Any]) -> dict[str, Any]:
-    """Fills `auto` and absent keys with what the recipe decided; the recipe is the one source of these numbers.
-
-    Raises:
-        UserError: a key of the file contradicts the recipe, or sets what only the recipe may set.
-    """
-    for key in ("optimizer", "scheduler"):
-        if key in config:
-            raise UserError(
-                f"parallel '{name}': '{key}' is set there, but the recipe decides it (train): remove it from the file"
-            )
-    for key in ("bf16", "fp16", "torch_autocast"):
-        if config.get(key, {}).get("enabled") is True:
-            raise UserError(
-                f"parallel '{name}': '{key}' is enabled there, but the recipe decides it (train.precision): remove it"
-            )
-    filled = dict(config)
-    for key, value in decided.items():
-        given = filled.get(key, "auto")
-        if given != "auto" and given != value:
-            raise UserError(f"parallel '{name}': {key}={given} contradicts the recipe, which gives {value}: set it to \"auto\"")
-        filled[key] = value
-    return filled
-
-
 class Processes:
     """The ranks of this stage: who they are and how they agree."""
 
-    def __init__(self, train: TrainConfig, parallel: str | None, expected: int | str) -> None:
-        self.train = train
+    def __init__(self, config: Trained, recipe: Recipe) -> None:
+        self.train = train = config.train
         self.processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if isinstance(expected, int) and expected != self.processes:
+        if config.processes not in ("auto", self.processes):
             raise UserError(
-                f"the recipe asks for processes={expected}, but {self.processes} were started: "
-                f"use `bothways run`, or `accelerate launch --num_processes {expected}`"
+                f"the recipe asks for processes={config.processes}, but {self.processes} were started: "
+                f"use `bothways run`, or `accelerate launch --use_deepspeed --num_processes {config.processes}`"
             )
         # DeepSpeed stage 0 is plain data parallelism; one process needs no engine.
-        self.parallel = parallel or ("zero0" if self.processes > 1 else None)
+        name = config.parallel or ("zero0" if self.processes > 1 else None)
+        self.parallel = recipe.find_zero(name) if name else None
         self.cuda = torch.cuda.is_available()
-        from engine.data.batches import accumulation_steps
-
         self.micro, self.accumulation = accumulation_steps(train.batch_size, train.micro_batch_size, self.processes)
         self.accelerator = self._accelerator()
         if self.accelerator.num_processes != self.processes:
@@ -98,28 +51,31 @@ class Processes:
         self.main = self.rank == 0
 
     def _accelerator(self) -> Any:
+        # What `accelerate launch` or `accelerate config` left here would silently override the recipe.
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]
+        _hush(self.cuda)
         from accelerate import Accelerator
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         if self.parallel is None:
             return Accelerator(gradient_accumulation_steps=self.accumulation, cpu=not self.cuda, mixed_precision="no")
         for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
             os.environ.setdefault(key, value)
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
-        decided = {
-            "train_micro_batch_size_per_gpu": self.micro,
-            "gradient_accumulation_steps": self.accumulation,
-            "train_batch_size": self.train.batch_size,
-            "gradient_clipping": self.train.clip,
-        }
-        config = fill_zero_config(self.parallel, read_zero_config(self.parallel), decided)
-        # On CPUs the backend must be named: without it Accelerate sees one process where DeepSpeed sees several.
-        handlers = [] if self.cuda else [InitProcessGroupKwargs(backend="gloo")]
-        return Accelerator(
-            gradient_accumulation_steps=self.accumulation,
-            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False),
-            kwargs_handlers=handlers,
-        )
+        config = read_zero_config(self.parallel, self.train, self.micro, self.accumulation)
+        with contextlib.redirect_stdout(io.StringIO()):  # every rank would print that an operator was built
+            accelerator = Accelerator(
+                gradient_accumulation_steps=self.accumulation,
+                mixed_precision="no",
+                deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False),
+                # On CPUs the backend must be named: without it Accelerate sees one process where DeepSpeed sees several.
+                kwargs_handlers=[] if self.cuda else [InitProcessGroupKwargs(backend="gloo")],
+            )
+        # Else transformers builds every later model in shards, with other initial weights and for all ranks only.
+        unset_hf_deepspeed_config()
+        return accelerator
 
     @property
     def describe(self) -> str:
@@ -127,7 +83,7 @@ class Processes:
         where = "NCCL" if self.cuda else "gloo"
         ranks = f"{self.processes} process{'es' if self.processes > 1 else ''}" + (f" over {where}" if self.processes > 1 else "")
         return (
-            f"{ranks}, {self.parallel or 'no ZeRO'}, accumulation = {self.accumulation} "
+            f"{ranks}, {self.parallel.stem if self.parallel else 'no ZeRO'}, accumulation = {self.accumulation} "
             f"(global {self.train.batch_size} / (micro {self.micro} × ranks {self.processes})), {self.precision}"
         )
 
@@ -219,7 +175,7 @@ class Trainer:
             group["lr"] = learning_rate
         # The wrappers average over ranks and accumulation steps; undo that, then divide once by the true count.
         scale = processes.processes * processes.accumulation / count
-        total, norm = 0.0, None
+        total, norm = torch.zeros((), device=processes.device), None
         for index, batch in enumerate(micro_batches):
             torch.manual_seed(torch_seed(self.seed, "dropout", step, index * processes.processes + processes.rank))
             batch = {name: value.to(processes.device) for name, value in batch.items() if torch.is_tensor(value)}
@@ -230,15 +186,17 @@ class Trainer:
                     norm = float(accelerator.clip_grad_norm_(self.engine.parameters(), processes.train.clip))
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            total += float(loss.detach())
+            total += loss.detach()
         if processes.parallel is not None:
             known = self.engine.get_global_grad_norm()
-            norm = None if known is None else float(known)
-        return total, norm
+            # -1 is DeepSpeed's word for a norm that is not finite.
+            norm = None if known is None else float(known) if known >= 0 else math.nan
+        return float(total), norm
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Returns the consolidated weights on the main rank's CPU memory; every rank must call it."""
-        state = self.processes.accelerator.get_state_dict(self.engine)
+        # ZeRO-3 gives None to all ranks but the main one.
+        state = self.processes.accelerator.get_state_dict(self.engine) or {}
         return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
     def save_shards(self, directory: Path) -> None:
@@ -248,6 +206,15 @@ class Trainer:
     def load_shards(self, directory: Path) -> None:
         """Loads what `save_shards` saved at the same number of ranks."""
         self.processes.accelerator.load_state(str(directory))
+
+
+def _hush(cuda: bool) -> None:
+    """Silences what our dependencies say about themselves in every run, on every rank."""
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
+    # Tied weights are saved once; the re-opened model is compared after the run.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
 def _free_port() -> int:

@@ -61,7 +61,7 @@ def run(stage: Stage[FinetuneConfig]) -> None:
         config.task, Classification.find_labels(rows["train"], config.task), load_tokenizer(path), config.max_length
     )
     data = prepare(rows, task)
-    processes = Processes(config.train, config.parallel, config.processes)
+    processes = Processes(config, stage.recipe)
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
     model = load_model(path, "classification", labels=task.labels, random=config.initialize == "random")
     if config.train.dropout is not None:
@@ -95,17 +95,14 @@ def hand_over(stage: Stage[Any], processes: Processes, data: Prepared, state: Tr
     Raises:
         RuntimeError: the re-opened model scores differently: the saved weights are not those of the run.
     """
-    from engine.evaluate import write_jsonl
+    from engine.evaluate import evaluate_classifier
     from engine.models import load_model, size_of
 
     model = load_model(weights, "classification").to(processes.device)
-    metrics = {}
-    for split in ("validation", "test"):
-        if split in data.examples:
-            metrics[split], logits = data.evaluate(model, split, processes)
-            if processes.main:
-                target = stage.output / ("predictions.jsonl" if split == "test" else "validation_predictions.jsonl")
-                write_jsonl(target, data.task.predictions(data.examples[split], logits))
+    metrics = data.judge(
+        lambda examples: evaluate_classifier(model, data.task, examples, processes.gather, processes.rank, processes.processes),
+        stage.output if processes.main else None,
+    )
     if stage.config.train.keep == "best" and state.best is not None:
         found = metrics["validation"]["accuracy"]
         one_example = 100.0 / metrics["validation"]["examples"]

@@ -11,15 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.checkpoint import Checkpoints, TrainState
+from engine.checkpoint import Checkpoints, TrainState, step_numbers
 from engine.distributed import Batch, Loss, Processes, Trainer
-from engine.errors import UserError
+from engine.errors import PREEMPTED, UserError
 from engine.schedule import Schedule
 from engine.stage import publish
 from engine.tracking import LOG_EVERY, Tracker
-
-PREEMPTED = 75
-"""Exit status of a run that was asked to stop and saved a checkpoint (EX_TEMPFAIL: run it again)."""
 
 
 class Batches(Protocol):
@@ -50,7 +47,7 @@ class Fit:
     """One training: model, data, loss and judge, from step 0 or from the newest checkpoint to the weights that are handed on.
 
     Args:
-        directory: working directory; checkpoints, history, TensorBoard and `weights/` go there.
+        directory: working directory; checkpoints, history, TensorBoard and weights go there.
         title: of the progress bar.
         save: writes a model directory from (path, consolidated weights).
     """
@@ -79,68 +76,83 @@ class Fit:
             every = batches.steps_per_epoch
         self.evaluate_every = max(1, round(every * self.schedule.total_steps)) if isinstance(every, float) else every
         self.checkpoint_every = train.checkpoint_every or self.evaluate_every
-        self.weights = directory / "weights"
-        self.asked_to_stop = 0
+        self.state = TrainState()
+        self.asked_to_stop = False
+
+    @property
+    def weights(self) -> Path:
+        """The model directory that the stage hands on."""
+        return self.directory / "weights" / f"step-{self.state.weights_step:08d}"
 
     def run(self) -> TrainState:
-        """Trains to the end; afterwards `weights/` holds the model directory that the stage hands on.
+        """Trains to the end; afterwards `weights` is complete.
 
         Raises:
-            UserError: non-finite loss, or a disk that is full.
+            UserError: a loss or gradient that is not finite, or a disk that is full.
             SystemExit: status PREEMPTED, after SIGTERM or SIGUSR1 and a checkpoint.
         """
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
-        state = self.checkpoints.resume(self.trainer)
-        if state is None:
-            # Evaluating and saving once at the start shows an out-of-memory or disk problem in the first minute.
-            state = TrainState()
-            self._evaluate(state)
-            self.checkpoints.save(self.trainer, state)
-        elif state.step:
-            self.tracker.say(f"resuming after step {state.step} of {self.schedule.total_steps}")
-        self.tracker.start(state.step)
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        resumed = self.checkpoints.resume(self.trainer)
+        self.state = resumed or TrainState()
+        self.tracker.start(resumed.step if resumed else None)
         try:
-            self._loop(state)
+            if resumed is None:
+                # Evaluating and saving once at the start shows an out-of-memory or disk problem in the first minute.
+                self._evaluate()
+                self._save()
+            elif resumed.step:
+                self.tracker.say(f"resuming after step {resumed.step} of {self.schedule.total_steps}")
+            self._loop()
         finally:
             self.tracker.close()
-        return state
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return self.state
 
-    def _loop(self, state: TrainState) -> None:
-        processes, window = self.processes, _Window()
-        for step in range(state.step, self.schedule.total_steps if state.stop is None else 0):
+    def _loop(self) -> None:
+        processes, state, total, window = self.processes, self.state, self.schedule.total_steps, _Window()
+        for step in range(state.step, total if state.stop is None else 0):
             batch = self.batches.at(step, processes.rank, processes.processes, processes.micro)
-            count = sum(part["count"] for part in batch)
-            tokens = sum(part["tokens"] for part in batch)
+            count, tokens = (sum(part[key] for part in batch) for key in ("count", "tokens"))
             count, tokens, asked = processes.sum(count, tokens, self.asked_to_stop)
             if count == 0:
                 raise UserError(f"step {step} has no valid target: the loss would be undefined; look at the data or the masking")
             loss, norm = self.trainer.step(batch, step, self.schedule.at(step), count)
+            self._finite("gradient norm", norm)
             window.add(loss, count, tokens)
             state.step = step + 1
-            last = state.step == self.schedule.total_steps
-            if state.step % LOG_EVERY == 0 or last:
-                self._log(state, window, norm, self.schedule.at(step))
-            if state.step % self.evaluate_every == 0 or last:
-                window.pause(lambda: self._evaluate(state))
-            if asked or state.step % self.checkpoint_every == 0 or last or state.stop:
-                window.pause(lambda: self.checkpoints.save(self.trainer, state))
+            evaluate = state.step % self.evaluate_every == 0 or state.step == total
+            save = bool(asked) or state.step % self.checkpoint_every == 0 or state.step == total
+            if evaluate or save or state.step % LOG_EVERY == 0:
+                # Before anything is kept: a loss that is not finite reaches neither weights nor checkpoint.
+                self._log(window, norm, self.schedule.at(step))
+            if evaluate:
+                self._evaluate()
+                (asked,) = processes.sum(asked + self.asked_to_stop)
+            if save or asked or state.stop:
+                self._save()
             if asked:
                 self.tracker.say(f"asked to stop: checkpoint of step {state.step} saved; run again to go on")
                 raise SystemExit(PREEMPTED)
             if state.stop:
                 self.tracker.say(state.stop)
                 return
+            if evaluate or save:
+                window.clear()
 
-    def _log(self, state: TrainState, window: _Window, norm: float | None, learning_rate: float) -> None:
+    def _finite(self, name: str, value: float | None) -> None:
+        if value is not None and not math.isfinite(value):
+            kept = self.checkpoints.steps()
+            raise UserError(
+                f"the {name} is not finite at step {self.state.step}: lower train.learning_rate or raise train.warmup"
+                + (f"; the checkpoint of step {kept[-1]} is intact" if kept else "")
+            )
+
+    def _log(self, window: _Window, norm: float | None, learning_rate: float) -> None:
         (loss,) = self.processes.sum(window.loss)
         loss /= window.count
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {state.step}: lower train.learning_rate or raise train.warmup; "
-                f"checkpoints: {self.checkpoints.steps()}"
-            )
-        seconds = window.seconds()
+        self._finite("loss", loss)
+        state, seconds = self.state, window.seconds()
         state.seconds += seconds
         speed = window.tokens / seconds
         self.tracker.record(
@@ -149,40 +161,51 @@ class Fit:
         self.tracker.advance(state, loss, speed)
         window.clear()
 
-    def _evaluate(self, state: TrainState) -> None:
+    def _evaluate(self) -> None:
+        state, train = self.state, self.processes.train
         metrics = self.judge.evaluate(self.trainer.model, self.processes)
+        for name, number in metrics.items():
+            self._finite(f"validation {name}", number)
+        self.tracker.record(state, validation=metrics)
+        self.tracker.say(f"step {state.step}: validation " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         if state.step == 0:
             state.initial = metrics
-        self.tracker.record(state, validation=metrics)
-        value = metrics[self.judge.metric]
-        self.tracker.say(f"step {state.step}: validation " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-        train = self.processes.train
-        stopping = train.early_stopping
-        gained = state.step > 0 and self.judge.gain(value, state.best) > (stopping.min_delta if stopping else 0.0)
-        if gained:
-            state.best, state.best_step, state.evaluations_without_gain = value, state.step, 0
-        elif state.step:
-            state.evaluations_without_gain += 1
-        if gained or train.keep == "last" or state.step == 0:
             self._keep_weights()
+            return
+        value, stopping = metrics[self.judge.metric], train.early_stopping
+        gained = self.judge.gain(value, state.best) > (stopping.min_delta if stopping else 0.0)
+        if gained:
+            state.best, state.best_step = value, state.step
+        state.evaluations_without_gain = 0 if gained else state.evaluations_without_gain + 1
         if stopping and state.evaluations_without_gain >= stopping.patience:
             state.stop = (
                 f"early stopping at step {state.step}: {self.judge.metric} has not improved for {stopping.patience} evaluations; "
                 f"best {state.best:.4g} at step {state.best_step}"
             )
+        if gained if train.keep == "best" else state.step == self.schedule.total_steps or state.stop:
+            self._keep_weights()
 
     def _keep_weights(self) -> None:
+        self.state.weights_step = self.state.step
         weights = self.trainer.weights()
         if self.processes.main:
-            part = self.weights.with_name("weights.tmp")
+            part = self.weights.with_suffix(".tmp")
             shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
+            part.mkdir(parents=True)
             self.save(part, weights)
             publish(part, self.weights)
         self.processes.barrier()
 
+    def _save(self) -> None:
+        self.checkpoints.save(self.trainer, self.state)
+        if self.processes.main:
+            needed = self.checkpoints.weights_steps()
+            for step in step_numbers(self.weights.parent):
+                if step not in needed:
+                    shutil.rmtree(self.weights.with_name(f"step-{step:08d}"))
+
     def _on_signal(self, number: int, frame: Any) -> None:
-        self.asked_to_stop = 1
+        self.asked_to_stop = True
 
 
 class _Window:
@@ -199,11 +222,6 @@ class _Window:
         self.loss += loss
         self.count += count
         self.tokens += tokens
-
-    def pause(self, work: Callable[[], None]) -> None:
-        before = time.monotonic()
-        work()
-        self.started += time.monotonic() - before
 
     def seconds(self) -> float:
         return max(time.monotonic() - self.started, 1e-9)

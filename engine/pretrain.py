@@ -86,7 +86,7 @@ def run(stage: Stage[PretrainConfig]) -> None:
     from engine.randomness import torch_seed
 
     started = time.monotonic()
-    processes = Processes(config.train, config.parallel, config.processes)
+    processes = Processes(config, stage.recipe)
     if processes.main:
         stage.begin()
     with processes.main_first():

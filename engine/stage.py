@@ -7,6 +7,7 @@ While a stage runs it owns `runs/<recipe>/<stage>.partial/` (checkpoints, logs, 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -17,17 +18,15 @@ import resource
 import shutil
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic
 
-from engine.config import FileRef, Recipe, Section, load_recipe, references
-from engine.errors import USER_ERROR, UserError, did_you_mean
+from engine.config import ModelRef, Recipe, Section, load_recipe, references
+from engine.errors import UserError, did_you_mean
+from engine.rank import run_rank
 
 STAGE_FILE = "stage.json"
-ERROR_DIRECTORY = "BOTHWAYS_ERROR_DIRECTORY"
-"""Environment variable: where a rank that fails leaves its message, for the process that started it."""
 
 
 def sha256(path: Path) -> str:
@@ -96,12 +95,17 @@ def versions() -> dict[str, str]:
 
 def read_stage(directory: Path) -> dict[str, Any] | None:
     """Returns the stage.json of a finished stage, or None when the stage has not finished."""
+    path = directory / STAGE_FILE
     try:
-        return json.loads((directory / STAGE_FILE).read_text())
+        record = json.loads(path.read_text())
+        missing = {"stage", "kind", "fingerprint", "files"} - set(record)
     except FileNotFoundError:
         return None
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{directory / STAGE_FILE}: unreadable ({error}): remove {directory} to run the stage again") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: unreadable ({error}): remove {directory} to run the stage again") from None
+    if missing:
+        raise UserError(f"{path}: not written by a stage (no '{min(missing)}'): remove {directory} to run the stage again")
+    return record
 
 
 class Stage(Generic[Section]):
@@ -119,10 +123,11 @@ class Stage(Generic[Section]):
         self.partial = self.directory.with_name(name + ".partial")
         self.output = self.partial / "output"
         self.restart = False
+        self._begun = False
 
     def upstream(self) -> list[str]:
         """Returns the names of the stages that this one reads, in the order of its keys."""
-        names = [str(ref) for _, ref in references(self.config) if not isinstance(ref, FileRef)]
+        names = [str(ref) for _, ref in references(self.config) if isinstance(ref, ModelRef)]
         return list(dict.fromkeys(name for name in names if name in self.recipe.stages))
 
     @functools.cached_property
@@ -134,24 +139,15 @@ class Stage(Generic[Section]):
         """
         found: dict[str, dict[str, str]] = {}
         for key, reference in references(self.config):
-            entry = {"reference": str(reference)}
-            if isinstance(reference, FileRef):
-                path: Path | str = self.recipe.find_file(reference)
-            else:
-                path = self.recipe.find_model(reference)
-            if isinstance(path, Path):
-                if reference in self.recipe.stages and not isinstance(reference, FileRef):
-                    finished = read_stage(path)
-                    if finished is None:
-                        raise UserError(
-                            f"{self.recipe.path}: stage '{self.name}' needs stage '{reference}', which has not finished"
-                        )
-                    entry["sha256"] = digest(finished["files"])
-                elif path.is_dir():
-                    entry["sha256"] = digest(hash_directory(path))
-                else:
-                    entry["sha256"] = sha256(path)
-            found[key] = entry
+            path = self.recipe.find(reference, f"stages.{self.name}.{self.kind}.{key}")
+            entry = found[key] = {"reference": str(reference)}
+            if isinstance(reference, ModelRef) and reference in self.recipe.stages:
+                finished = read_stage(self.recipe.directory(reference))
+                if finished is None:
+                    raise UserError(f"{self.recipe.path}: stage '{self.name}' needs stage '{reference}', which has not finished")
+                entry["sha256"] = digest(finished["files"])
+            elif isinstance(path, Path):
+                entry["sha256"] = digest(hash_directory(path)) if path.is_dir() else sha256(path)
         return found
 
     @property
@@ -161,9 +157,12 @@ class Stage(Generic[Section]):
         return digest({"kind": self.kind, "section": section, "seed": self.seed, "inputs": self.inputs})
 
     def finished(self) -> bool:
-        """True when the directory holds the result of exactly this section and these inputs."""
+        """True when the directory holds the result of exactly this section and these inputs, with every file in place."""
         done = read_stage(self.directory)
-        return done is not None and done["fingerprint"] == self.fingerprint
+        if done is None or done["fingerprint"] != self.fingerprint:
+            return False
+        files = {self.directory / name: entry["bytes"] for name, entry in done["files"].items()}
+        return all(path.is_file() and path.stat().st_size == size for path, size in files.items())
 
     def begin(self) -> None:
         """Makes the working directory, or keeps the one of an interrupted run of the same work.
@@ -192,6 +191,7 @@ class Stage(Generic[Section]):
             part = marker.with_suffix(".tmp")
             part.write_text(json.dumps(work))
             part.rename(marker)
+        self._begun = True
 
     def complete(self, **facts: Any) -> None:
         """Writes stage.json beside the files in `output/` and publishes the directory.
@@ -218,20 +218,24 @@ class Stage(Generic[Section]):
         publish(self.output, self.directory)
         shutil.rmtree(self.partial, ignore_errors=True)
 
+    def abandon(self) -> None:
+        """Removes the working directory of a run that failed, unless it holds a checkpoint or a corpus to go on from."""
+        if not self._begun:
+            return
+        shutil.rmtree(self.output, ignore_errors=True)
+        if any(path.suffix != ".tmp" for pattern in ("checkpoints/*", "corpus/*") for path in self.partial.glob(pattern)):
+            return
+        shutil.rmtree(self.partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # only when nothing else is in them
+            self.partial.parent.rmdir()
+            self.partial.parent.parent.rmdir()
+
 
 def _differences(before: Any, after: Any, where: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         keys = [*before, *(key for key in after if key not in before)]
         return [d for key in keys for d in _differences(before.get(key), after.get(key), f"{where}.{key}".lstrip("."))]
     return [] if before == after else [where]
-
-
-def leave_message(text: str) -> None:
-    """Leaves `text` where the process that started this rank looks for it."""
-    directory = os.environ.get(ERROR_DIRECTORY)
-    if directory:
-        rank = os.environ.get("RANK", "0")
-        Path(directory, f"{time.time_ns()}.rank{rank}.txt").write_text(text)
 
 
 def stage_main(module: str, config: type[Section], run: Callable[[Stage[Section]], None], argv: list[str] | None = None) -> None:
@@ -254,24 +258,14 @@ def stage_main(module: str, config: type[Section], run: Callable[[Stage[Section]
     parser.add_argument("--runs", default="runs", help="where run directories lie (default: runs)")
     parser.add_argument("--restart", action="store_true", help="throw an interrupted run of this stage away")
     arguments = parser.parse_args(argv)
-    try:
-        recipe = load_recipe(arguments.recipe, arguments.set, arguments.runs)
-        stage = Stage(recipe, arguments.stage, config)
+
+    def work() -> None:
+        stage = Stage(load_recipe(arguments.recipe, arguments.set, arguments.runs), arguments.stage, config)
         stage.restart = arguments.restart
-        run(stage)
-    except UserError as error:
-        leave_message(str(error))
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR)
-    except OSError as error:
-        if error.errno not in (28, 122):  # ENOSPC, EDQUOT
-            leave_message(traceback.format_exc())
+        try:
+            run(stage)
+        except Exception:
+            stage.abandon()
             raise
-        where = error.filename or arguments.runs
-        message = f"disk full while stage '{arguments.stage}' was writing ({where}): free some space and run again"
-        leave_message(message)
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR)
-    except Exception:
-        leave_message(traceback.format_exc())
-        raise
+
+    run_rank(work, arguments.runs)

@@ -28,10 +28,7 @@ class Tracker:
         self.history = directory / "history.jsonl"
         if not main:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         self.console = Console(highlight=False)
-        self.board: Any = SummaryWriter(str(directory / "tensorboard"))
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -46,14 +43,21 @@ class Tracker:
         self.task = self.progress.add_task(title, total=total_steps, shown="")
         self.last_line = 0.0
 
-    def start(self, step: int) -> None:
-        """Begins at optimizer step `step`; records of later steps, left by a run that was killed, are dropped."""
+    def start(self, step: int | None) -> None:
+        """Begins after optimizer step `step`, None for a new run; later records, left by a run that was killed, are dropped."""
         if not self.main:
             return
-        if self.history.exists():
-            records = [json.loads(line) for line in self.history.read_text().splitlines()]
-            self.history.write_text("".join(json.dumps(r) + "\n" for r in records if r["step"] <= step))
-        self.progress.update(self.task, completed=step)
+        from torch.utils.tensorboard import SummaryWriter
+
+        begin = -1 if step is None else step
+        lines = self.history.read_text().splitlines(keepends=True) if self.history.exists() else []
+        # The last line may be torn.
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= begin]
+        part = self.history.with_suffix(".tmp")
+        part.write_text("".join(kept))
+        part.rename(self.history)
+        self.board: Any = SummaryWriter(str(self.history.with_name("tensorboard")), purge_step=begin + 1)
+        self.progress.update(self.task, completed=max(begin, 0))
         self.progress.start()
 
     def say(self, text: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from engine.config import Fraction, Strict
+from engine.config import Fraction, Strict, ZeroRef
 
 
 class EarlyStopping(Strict):
@@ -47,8 +47,8 @@ class TrainConfig(Strict):
     """bf16 is autocast: weights, gradients and optimizer state stay fp32. auto: bf16 where the hardware multiplies it."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """Replaces every dropout probability of the model; None keeps the model's own."""
-    evaluate_every: int | Fraction | None = None
-    """Optimizer steps (a whole number above 1) or a share of training between evaluations; None: once an epoch."""
+    evaluate_every: Annotated[int, Field(ge=1)] | Annotated[Fraction, Field(gt=0)] | None = None
+    """Optimizer steps (a whole number) or a share of training (`25%`, 0.25) between evaluations; None: once an epoch."""
     checkpoint_every: int | None = Field(None, ge=1)
     """Optimizer steps between checkpoints; None: at every evaluation."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -68,7 +68,7 @@ class Trained(Strict):
     """Base of the sections that train: where and how wide."""
 
     train: TrainConfig
-    parallel: str | None = None
-    """Name of a file in ds_configs/ (zero0 … zero3) or a path to a DeepSpeed JSON; None: plain Accelerate (DDP)."""
-    processes: int | Literal["auto"] = "auto"
+    parallel: ZeroRef | None = None
+    """Name of a file in ds_configs/ (zero0 … zero3) or a path to a DeepSpeed JSON; None: zero0, plain data parallelism."""
+    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Ranks on this machine; auto: one per GPU, or one without GPUs."""

@@ -5,6 +5,8 @@ Shapes: B rows, L tokens a row, M predicted tokens in the batch, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch.nn import functional
@@ -42,7 +44,7 @@ class MaskedLanguageModelling:
         randomly = chosen & (fate >= config.replace_by_mask) & (fate < config.replace_by_mask + config.replace_by_random)
         return np.where(randomly, random_ids, corrupted), np.where(chosen, tokens_L, IGNORED)
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross entropy over the predicted tokens.
 
         Args:

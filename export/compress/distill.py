@@ -169,10 +169,9 @@ class DistillationLoss:
         return total, torch.tensor(len(batch["labels"]), device=total.device)
 
     def _forward(self, model: torch.nn.Module, batch: Batch) -> Any:
-        names = ["input_ids", "attention_mask"]
-        names += ["token_type_ids"] if "token_type_ids" in self.task.tokenizer.model_input_names else []
+        named = {name: batch[name] for name in self.task.inputs}
         matching = self.teacher is not None
-        return model(**{name: batch[name] for name in names}, output_hidden_states=matching, output_attentions=matching)
+        return model(**named, output_hidden_states=matching, output_attentions=matching)
 
 
 def classification_loss(
@@ -237,7 +236,7 @@ def run(stage: Stage[DistillConfig]) -> None:
     from engine.distributed import Processes
     from engine.finetune import hand_over, saver
     from engine.loop import Fit, Judge
-    from engine.models import load_model, load_tokenizer, set_dropout
+    from engine.models import load_model, set_dropout
     from engine.tasks.classification import Classification
 
     started = time.monotonic()
@@ -245,13 +244,12 @@ def run(stage: Stage[DistillConfig]) -> None:
     # Fused attention kernels do not give their maps away.
     attention = "eager" if config.attention else None
     teacher = load_model(teacher_path, "classification", attention=attention).eval()
-    labels = [teacher.config.id2label[index] for index in range(teacher.config.num_labels)]
-    task = Classification(config.task, labels, load_tokenizer(teacher_path), config.max_length)
+    task = Classification.of_model(config.task, teacher_path, config.max_length)
     held_out = {str(row[config.task.text]) for name in ("validation", "test") for row in rows.get(name, [])}
     texts = transfer_texts(config.transfer, stage, held_out) if config.transfer else []
     rows["train"] += [{config.task.text: text} for text in texts]
     data = prepare(rows, task)
-    processes = Processes(config.train, config.parallel, config.processes)
+    processes = Processes(config, stage.recipe)
     student_path = stage.recipe.find_model(config.student.model) if config.student.model else teacher_path
     student = load_model(student_path, "classification", attention=attention)
     if config.student.layers is not None:

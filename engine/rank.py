@@ -1,0 +1,115 @@
+"""How one process of a stage ends, and how the process that started it learns why.
+
+A process started by `bothways run` keeps a record, `rank<N>.json`, in the directory that ERROR_DIRECTORY names. It is written
+when the process starts and again when it ends; a record that never got its end belongs to a process that was killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engine.errors import PREEMPTED, USER_ERROR, UserError, disk_full
+
+ERROR_DIRECTORY = "BOTHWAYS_ERROR_DIRECTORY"
+"""Environment variable: where the ranks of a stage leave their records."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """The life of one rank as the process that started it sees it."""
+
+    rank: int
+    pid: int
+    status: int | None = None
+    """Exit status; None while it runs, and for ever when it was killed."""
+    message: str = ""
+    """One line for a user's mistake, a traceback for a crash."""
+    ended: int = 0
+    """When, in nanoseconds."""
+    collective: bool = False
+    """It ended because another rank did: a collective operation lost its peer."""
+
+
+def read_records(directory: Path) -> list[Record]:
+    """Returns the records of all ranks that started, in rank order."""
+    records = [Record(**json.loads(path.read_text())) for path in directory.glob("rank*.json")]
+    return sorted(records, key=lambda record: record.rank)
+
+
+def die_with_parent() -> None:
+    """Asks Linux to kill this process when the one that started it is gone: no orphan goes on writing."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _write(record: Record) -> None:
+    directory = os.environ.get(ERROR_DIRECTORY)
+    if directory:
+        path = Path(directory, f"rank{record.rank}.json")
+        part = path.with_suffix(".tmp")
+        part.write_text(json.dumps(asdict(record)))
+        part.rename(path)
+
+
+def run_rank(work: Callable[[], None], where: str) -> None:
+    """Runs the work of this process; SIGTERM and SIGUSR1 end it with PREEMPTED, a user's mistake with USER_ERROR.
+
+    Args:
+        work: what to do.
+        where: what is being written, for the message of a full disk.
+
+    Raises:
+        SystemExit: the work did not succeed. Its message goes to the record, or to stderr where nobody keeps one.
+    """
+    recorded = ERROR_DIRECTORY in os.environ
+    if recorded:
+        die_with_parent()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop)
+    record = Record(int(os.environ.get("RANK", "0")), os.getpid())
+    _write(record)
+    status, message, collective = 0, "", False
+    try:
+        work()
+    except SystemExit as stop:
+        status = stop.code if isinstance(stop.code, int) else 1
+    except BaseException as error:
+        status, message = _explain(error, where)
+        collective = status == 1 and _lost_a_peer(error)
+    _write(replace(record, status=status, message=message, ended=time.time_ns(), collective=collective))
+    if message and not recorded:
+        print(message if status == 1 else f"error: {message}", file=sys.stderr, flush=True)
+    if status:
+        sys.exit(status)
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise SystemExit(PREEMPTED)
+
+
+def _explain(error: BaseException, where: str) -> tuple[int, str]:
+    """Returns (exit status, message) of an exception."""
+    if isinstance(error, UserError):
+        return USER_ERROR, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if disk_full(error):
+        return USER_ERROR, f"disk full while writing {getattr(error, 'filename', None) or where}: free some space and run again"
+    return 1, traceback.format_exc()
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return torch is not None and (isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in signs))

@@ -1,0 +1,74 @@
+"""Tiny recipes with real models and data, made on the spot: a training run takes seconds."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from tests.unit.models import WORDS, tiny_classifier, tiny_tokenizer
+
+
+def write_model(directory: Path, **shape) -> Path:
+    """A model directory with random weights: two labels, two layers, 64 positions."""
+    tiny_classifier(**shape).save_pretrained(directory)
+    tiny_tokenizer(directory).save_pretrained(directory)
+    return directory
+
+
+def ragged_rows(count: int, seed: int = 0) -> list[dict]:
+    """Rows of 1 to 20 words; the label says whether `good` outnumbers `bad`."""
+    rng = np.random.default_rng(seed)
+    texts = [" ".join(rng.choice(WORDS, rng.integers(1, 21))) for _ in range(count)]
+    return [{"text": text, "label": int(text.split().count("good") >= text.split().count("bad"))} for text in texts]
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train_section(**changes) -> dict:
+    return {
+        "steps": 6,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "precision": "fp32",
+        "dropout": 0.0,
+        "evaluate_every": 2,
+        **changes,
+    }
+
+
+def finetune_section(**changes) -> dict:
+    return {
+        "model": "model",
+        "task": {"type": "classification"},
+        "data": {"train": "rows.jsonl", "validation": "25%", "test": "25%"},
+        "max_length": 32,
+        "train": train_section(),
+        **changes,
+    }
+
+
+def pretrain_section(**changes) -> dict:
+    return {
+        "model": {"layers": 2, "hidden": 32, "heads": 4, "positions": 64},
+        "tokenizer": "model",
+        "data": {"train": "rows.jsonl", "validation": "25%"},
+        "sequence_length": 32,
+        "train": train_section(),
+        **changes,
+    }
+
+
+def write_recipe(directory: Path, stages: dict | None = None, name: str = "tiny") -> Path:
+    """A recipe with its model and rows beside it; by default one fine-tuning stage, `teacher`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / "model").exists():
+        write_model(directory / "model")
+    if not (directory / "rows.jsonl").exists():
+        write_rows(directory / "rows.jsonl", ragged_rows(64))
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"name": name, "stages": stages or {"teacher": {"finetune": finetune_section()}}}))
+    return path
