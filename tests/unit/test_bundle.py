@@ -1,0 +1,350 @@
+"""The bundle: complete, unchanged and right, or refused with one line."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from engine.errors import UserError
+from engine.tasks import ClassificationConfig
+from export.serving.bundle import Bundle, default_tolerance, verify_bundle
+from tests.unit.bundles import BATCH, LABELS, LENGTH, TEXTS, copy_bundle, make_bundle, relist, shared_bundle, torch_model
+
+FILES = [
+    "golden.jsonl",
+    "manifest.json",
+    "models/tiny/1/model.py",
+    "models/tiny/1/tokenizer.json",
+    "models/tiny/config.pbtxt",
+    "models/tiny/labels.txt",
+    "models/tiny_core/1/model.onnx",
+    "models/tiny_core/config.pbtxt",
+    "models/tiny_core/labels.txt",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return shared_bundle(tmp_path_factory)
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):
+    return copy_bundle(bundle, tmp_path / "copy")
+
+
+def edit_manifest(path, change):
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def refused(path, message):
+    """Asserts that opening, and so predicting, serving and verifying, fails with one line."""
+    with pytest.raises(UserError, match=message) as caught:
+        Bundle.open(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bundle_holds_these_files_and_lists_all_but_its_manifest(bundle):
+    present = sorted(str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file())
+    assert present == FILES
+    listed = json.loads((bundle / "manifest.json").read_text())["files"]
+    assert sorted(listed) == sorted(set(FILES) - {"manifest.json"})
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("place", [0, -2])
+def test_one_flipped_bit_anywhere_is_refused(copy, name, place):
+    data = bytearray((copy / name).read_bytes())
+    data[place] ^= 0x01
+    (copy / name).write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        verify_bundle(copy)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_file_is_refused(copy, name):
+    data = (copy / name).read_bytes()
+    (copy / name).write_bytes(data[: len(data) // 2])
+    refused(copy, name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_refused(copy, name):
+    (copy / name).unlink()
+    refused(copy, name)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_refused_but_the_stage_record_is_not(copy):
+    (copy / "stage.json").write_text("{}")
+    verify_bundle(copy)
+    (copy / "models" / "extra.py").write_text("")
+    refused(copy, "models/extra.py: not listed")
+
+
+def test_symbolic_links_are_refused_even_to_the_right_bytes(copy, tmp_path):
+    (copy / "golden.jsonl").rename(tmp_path / "golden.jsonl")
+    (copy / "golden.jsonl").symlink_to(tmp_path / "golden.jsonl")
+    refused(copy, "golden.jsonl: a symbolic link")
+
+
+def test_linked_directories_are_refused(copy, tmp_path):
+    (copy / "tokenizer").rename(tmp_path / "tokenizer")
+    (copy / "tokenizer").symlink_to(tmp_path / "tokenizer")
+    refused(copy, "tokenizer: a symbolic link")
+
+
+@pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "models/../../secret", "models//x", "./golden.jsonl", "a\\b", ""])
+def test_a_path_that_leaves_the_bundle_is_refused(copy, path):
+    entry = {"sha256": "0" * 64, "bytes": 0}
+    edit_manifest(copy, lambda manifest: manifest["files"].update({path: entry}))
+    refused(copy, "not a plain path inside the bundle")
+    edit_manifest(copy, lambda manifest: manifest["files"].pop(path))
+    edit_manifest(copy, lambda manifest: manifest["engines"].update(onnxruntime={"file": path}))
+    refused(copy, "not a plain path inside the bundle")
+
+
+def test_an_engine_file_must_be_listed(copy):
+    edit_manifest(copy, lambda manifest: manifest["engines"].update(tensorrt={"file": "models/tiny_core/1/model.plan"}))
+    refused(copy, "model.plan' is not among files")
+
+
+@pytest.mark.parametrize("version", [2, "1", None, True])
+def test_another_format_is_refused(copy, version):
+    edit_manifest(copy, lambda manifest: manifest.update(format=version))
+    refused(copy, "this version reads format 1")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda manifest: manifest.pop("labels"), "labels: "),
+        (lambda manifest: manifest.update(labels=["a", "a", "b"]), "twice"),
+        (lambda manifest: manifest.update(label=[]), "unknown key 'label': did you mean 'labels'"),
+        (lambda manifest: manifest.update(max_batch=0), "max_batch: "),
+        (lambda manifest: manifest.update(name="../tiny"), "name: "),
+        (lambda manifest: manifest["engines"].clear(), "no 'onnxruntime'"),
+    ],
+)
+def test_a_manifest_that_is_not_one_is_refused(copy, change, message):
+    edit_manifest(copy, change)
+    refused(copy, message)
+
+
+def test_other_directories_are_not_bundles(tmp_path):
+    refused(tmp_path / "nowhere", "no such bundle")
+    refused(tmp_path, "not a bundle")
+
+
+def test_unread_files_are_not_hashed_without_verify(copy):
+    (copy / "golden.jsonl").write_text("{}\n")
+    assert Bundle.open(copy, verify=False).predict([{"text": "bad"}])
+    (copy / "tokenizer/tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json: its SHA-256"):
+        Bundle.open(copy, verify=False)
+
+
+def test_golden_logits_of_another_engine_are_refused_though_every_hash_is_right(copy):
+    rows = [json.loads(line) for line in (copy / "golden.jsonl").read_text().splitlines()]
+    rows[3]["logits"][0] += 0.01
+    (copy / "golden.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    relist(copy)
+    with pytest.raises(UserError, match=r"differs from its golden logits by 0\.01"):
+        verify_bundle(copy)
+
+
+@pytest.mark.parametrize("golden", ["", "{}\n", "nonsense\n", '{"text": "a", "logits": [0.0], "reference": [0.0]}\n'])
+def test_golden_inputs_that_are_none_are_refused(copy, golden):
+    (copy / "golden.jsonl").write_text(golden)
+    relist(copy)
+    with pytest.raises(UserError, match="no golden inputs with 3 logits each"):
+        verify_bundle(copy)
+
+
+def test_a_reference_that_disagrees_is_refused(copy):
+    rows = [json.loads(line) for line in (copy / "golden.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["reference"] = [-value for value in row["logits"]]
+    (copy / "golden.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    relist(copy)
+    with pytest.raises(UserError, match="differs from the fp32 model"):
+        verify_bundle(copy)
+    edit_manifest(copy, lambda manifest: manifest["tolerance"].update(reference=1e9))
+    with pytest.raises(UserError, match=r"only 0\.0% of the golden inputs get the fp32 model's label"):
+        verify_bundle(copy)
+
+
+class DependsOnTheBatch:
+    """An engine with a fault that a single row never shows."""
+
+    def __init__(self, engine, fault):
+        self.engine, self.inputs, self.fault = engine, engine.inputs, fault
+
+    def run(self, arrays):
+        logits = self.engine.run(arrays)
+        return logits + (0.1 if self.fault(arrays["attention_mask"]) else 0)
+
+
+def test_logits_that_depend_on_the_batch_or_on_padding_are_refused(bundle):
+    opened = Bundle.open(bundle)
+    engine = opened.engine
+    opened.engine = DependsOnTheBatch(engine, lambda mask: len(mask) > 1)
+    with pytest.raises(UserError, match=r"neighbours in the batch by 0\.1"):
+        opened.verify()
+    opened.engine = DependsOnTheBatch(engine, lambda mask: mask.shape[1] == LENGTH)
+    with pytest.raises(UserError, match=r"change with padding by 0\.1"):
+        opened.verify()
+
+
+def test_verifying_measures_nothing_on_the_machine_that_exported(bundle):
+    report = verify_bundle(bundle)
+    assert report["measured"]["golden"] == report["measured"]["batch"] == report["measured"]["padding"] == 0
+    assert report["measured"]["label_agreement"] == 1
+    assert report["inputs"] == len(TEXTS)
+    assert report["files"] == len(FILES) - 1
+    assert report["identity"] == Bundle.open(bundle).identity
+
+
+def test_the_same_input_gives_the_same_bundle_to_the_byte(bundle, tmp_path):
+    make_bundle(tmp_path / "again", bundle.parent / "work")
+    for name in FILES:
+        assert (tmp_path / "again" / name).read_bytes() == (bundle / name).read_bytes(), name
+
+
+def test_default_bounds_allow_as_much_drift_as_quantization_made():
+    rows = [{"reference": [0.0, 2.0]}, {"reference": [2.0, 0.0]}]
+    exact = default_tolerance(np.array([[0.0, 2.0], [2.0, 0.0]], dtype=np.float32), rows)
+    assert exact == {"golden": 1e-3, "invariance": 1e-3, "reference": 1e-3, "label_agreement": 0.95}
+    quantized = default_tolerance(np.array([[0.25, 2.0], [2.0, 0.0]], dtype=np.float32), rows)
+    assert quantized == {"golden": 0.25, "invariance": 0.25, "reference": 0.5, "label_agreement": 0.95}
+
+
+def test_encoding_is_that_of_transformers(bundle):
+    from transformers import AutoTokenizer
+
+    texts = [*TEXTS, "", "film " * 60, "a FILM, unknown wörds"]
+    theirs = AutoTokenizer.from_pretrained(bundle / "tokenizer")(
+        texts, padding=True, truncation=True, max_length=LENGTH, return_tensors="np"
+    )
+    ours = Bundle.open(bundle).encode([{"text": text} for text in texts])
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name])
+
+
+@pytest.mark.parametrize("size", [None, 1, 3, 100])
+def test_predictions_keep_the_order_of_their_rows_whatever_the_batch(bundle, size, monkeypatch):
+    monkeypatch.setattr("export.serving.bundle.ENCODED_AT_ONCE", 5)
+    opened = Bundle.open(bundle)
+    rows = opened.golden()
+    expected = np.array([row["logits"] for row in rows])
+    np.testing.assert_allclose(opened.logits(rows, size), expected, atol=1e-5)
+    predictions = opened.predict(rows, size)
+    assert [row["label"] for row in predictions] == [LABELS[index] for index in expected.argmax(axis=1)]
+    for row in predictions:
+        assert row["score"] == max(row["scores"].values()) == row["scores"][row["label"]]
+        assert sum(row["scores"].values()) == pytest.approx(1)
+    assert opened.predict([]) == []
+
+
+def test_no_call_of_the_engine_is_larger_than_the_bundle_allows(bundle):
+    opened = Bundle.open(bundle)
+    sizes = []
+    run = opened.engine.run
+    opened.engine.run = lambda arrays: sizes.append(len(arrays["input_ids"])) or run(arrays)
+    opened.predict([{"text": "bad"}] * 10, 100)
+    assert sizes == [BATCH, BATCH, 2]
+
+
+def test_a_row_without_text_and_broken_unicode_are_named(bundle):
+    opened = Bundle.open(bundle)
+    with pytest.raises(UserError, match="a row has no 'text': did you mean 'txt'"):
+        opened.predict([{"txt": "bad"}])
+    with pytest.raises(UserError, match="not valid Unicode"):
+        opened.predict([{"text": "bad \ud800"}])
+
+
+def test_an_engine_that_the_bundle_lacks_is_named(bundle):
+    with pytest.raises(UserError, match=r"no engine 'tensorrt' \(known: onnxruntime\)"):
+        Bundle.open(bundle, engine="tensorrt")
+
+
+def test_pairs_of_texts_and_their_columns(bundle, tmp_path):
+    task = ClassificationConfig(type="classification", text="premise", text_pair="hypothesis")
+    pairs = [("a good film", "the film is good"), ("bad", "not good"), ("the plot was long " * 9, "short " * 30)]
+    make_bundle(tmp_path / "pairs", bundle.parent / "work", texts=pairs, task=task)
+    opened = Bundle.open(tmp_path / "pairs")
+    by_column = opened.logits([{"premise": first, "hypothesis": second} for first, second in pairs])
+    by_key = opened.logits([{"text": first, "text_pair": second} for first, second in pairs])
+    reference = np.array([row["reference"] for row in opened.golden()])
+    np.testing.assert_array_equal(by_column, by_key)
+    np.testing.assert_allclose(by_key, reference, atol=1e-3)
+    with pytest.raises(UserError, match="a row has no 'hypothesis'"):
+        opened.predict([{"premise": "a"}])
+
+
+def test_other_engines_lie_where_their_runtime_finds_them_and_rtx_is_never_served_by_triton(bundle, tmp_path):
+    work = bundle.parent / "work"
+    for name in ("plan", "rtx"):
+        (work / name).write_bytes(name.encode())
+    engines = {"onnxruntime": work / "model.onnx", "tensorrt": work / "plan", "tensorrt_rtx": work / "rtx"}
+    make_bundle(tmp_path / "gpu", work, engines=engines)
+    manifest = Bundle.open(tmp_path / "gpu").manifest
+    assert {name: entry.file for name, entry in manifest.engines.items()} == {
+        "onnxruntime": "models/tiny_core/1/model.onnx",
+        "tensorrt": "models/tiny_core/1/model.plan",
+        "tensorrt_rtx": "engines/tensorrt_rtx/model.engine",
+    }
+    assert 'platform: "tensorrt_plan"' in (tmp_path / "gpu/models/tiny_core/config.pbtxt").read_text()
+    assert 'platform: "onnxruntime_onnx"' in (bundle / "models/tiny_core/config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": ["good", "bad\nor worse", "dull"]}, "holds a line break"),
+        ({"labels": ["good", "bad"]}, "does not give 2 finite logits"),
+    ],
+)
+def test_what_a_bundle_cannot_hold_is_refused_when_it_is_written(bundle, tmp_path, change, message):
+    with pytest.raises(UserError, match=message):
+        make_bundle(tmp_path / "new", bundle.parent / "work", **change)
+    assert not (tmp_path / "new/manifest.json").exists()
+
+
+def test_a_tokenizer_without_padding_is_refused(bundle, tmp_path):
+    source = tmp_path / "tokenizer"
+    source.mkdir()
+    (source / "tokenizer.json").write_bytes((bundle / "tokenizer/tokenizer.json").read_bytes())
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: No such file"):
+        make_bundle(tmp_path / "new", bundle.parent / "work", tokenizer=source)
+    (source / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match="no pad_token"):
+        make_bundle(tmp_path / "other", bundle.parent / "work", tokenizer=source)
+
+
+def test_predicting_imports_neither_torch_nor_transformers(bundle):
+    code = (
+        "import sys; from export.serving.bundle import Bundle, verify_bundle; verify_bundle(sys.argv[1]);"
+        "Bundle.open(sys.argv[1]).predict([{'text': 'bad'}]);"
+        "print(sorted({'torch', 'transformers', 'onnx'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(bundle)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_bundle_agrees_with_the_model_in_pytorch(bundle):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(bundle / "tokenizer")
+    batch = tokenizer(TEXTS, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
+    with torch.no_grad():
+        expected = torch_model()(**batch).logits.numpy()
+    np.testing.assert_allclose(Bundle.open(bundle).logits([{"text": text} for text in TEXTS]), expected, atol=1e-3)
