@@ -49,7 +49,7 @@ def process_count(stage: Stage[Any]) -> int:
     if wanted == "auto":
         return max(1, here)
     if here and wanted > here:
-        raise UserError(f"stage '{stage.name}': processes={wanted}, but there are {here} GPUs: lower it or say auto")
+        raise UserError(f"processes={wanted}, but this machine has {here} GPUs: lower it or say auto")
     return wanted
 
 

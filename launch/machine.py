@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -18,9 +19,11 @@ def cores() -> int:
 
 
 def gpus() -> int:
-    """Returns the NVIDIA GPUs that torch can use; torch is loaded only where a driver is."""
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
+    """Returns the NVIDIA GPUs that a stage can use: those of the driver, or those that CUDA_VISIBLE_DEVICES names."""
+    if "+cpu" in importlib.metadata.version("torch"):
         return 0
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not found:
+        return found
+    return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])

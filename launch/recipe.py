@@ -24,16 +24,24 @@ class Kind(NamedTuple):
     """Class of its section."""
     trains: bool
     """Started by `accelerate launch`, on as many processes as its section says."""
+    gives: str
+    """What its directory holds."""
 
 
 KINDS = {
-    "pretrain": Kind("engine.pretrain", PretrainConfig, True),
-    "finetune": Kind("engine.finetune", FinetuneConfig, True),
-    "distill": Kind("export.compress.distill", DistillConfig, True),
-    "prune": Kind("export.compress.prune", PruneConfig, False),
-    "quantize": Kind("export.compress.quantize", QuantizeConfig, False),
-    "export": Kind("export.export", ExportConfig, False),
+    "pretrain": Kind("engine.pretrain", PretrainConfig, True, "a masked language model"),
+    "finetune": Kind("engine.finetune", FinetuneConfig, True, "a classifier"),
+    "distill": Kind("export.compress.distill", DistillConfig, True, "a classifier"),
+    "prune": Kind("export.compress.prune", PruneConfig, False, "a classifier"),
+    "quantize": Kind("export.compress.quantize", QuantizeConfig, False, "an int8 graph"),
+    "export": Kind("export.export", ExportConfig, False, "a bundle"),
 }
+TAKES = {
+    ("finetune", "model"): ("a classifier", "a masked language model"),
+    ("pretrain", "tokenizer.model"): ("a classifier", "a masked language model"),
+    ("export", "model"): ("a classifier", "an int8 graph"),
+}
+"""What a key that names a stage can use; the others take a classifier."""
 
 
 def load_stages(recipe: Recipe) -> list[Stage[Any]]:
@@ -42,15 +50,22 @@ def load_stages(recipe: Recipe) -> list[Stage[Any]]:
     Raises:
         UserError: an unknown kind, a bad section, or a stage that reads itself or a later one.
     """
-    stages: list[Stage[Any]] = []
+    stages: dict[str, Stage[Any]] = {}
     for name, (kind, _) in recipe.stages.items():
         if kind not in KINDS:
             raise recipe.error(f"stages.{name}.{kind}", f"unknown kind of stage '{kind}'{did_you_mean(kind, list(KINDS))}")
         stage = Stage(recipe, name, KINDS[kind].config)
-        earlier = [stage.name for stage in stages]
         for key, reference in references(stage.config):
-            if isinstance(reference, ModelRef) and reference in recipe.stages and reference not in earlier:
-                where = "itself" if reference == name else f"stage '{reference}', which comes later: move that stage up"
-                raise recipe.error(f"stages.{name}.{kind}.{key}", f"stage '{name}' reads {where}")
-        stages.append(stage)
-    return stages
+            if isinstance(reference, ModelRef) and reference in recipe.stages:
+                problem = _problem(stage, key, stages.get(reference), reference)
+                if problem:
+                    raise recipe.error(f"stages.{name}.{kind}.{key}", f"stages.{name}.{kind}.{key}: {problem}")
+        stages[name] = stage
+    return list(stages.values())
+
+
+def _problem(stage: Stage[Any], key: str, source: Stage[Any] | None, reference: str) -> str | None:
+    if source is None:
+        return "a stage cannot read itself" if reference == stage.name else f"stage '{reference}' comes later: move it up"
+    gives, takes = KINDS[source.kind].gives, TAKES.get((stage.kind, key), ("a classifier",))
+    return None if gives in takes else f"stage '{reference}' ({source.kind}) gives {gives}; {' or '.join(takes)} is needed"

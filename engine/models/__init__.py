@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Head = Literal["classification", "masked_lm"]
+_OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "xlm-roberta-xl", "data2vec-text")
 STRUCTURE_KEY = "bothways_structure"
 """config.json key of a physically smaller model: kept heads and FFN neurons per layer."""
 
@@ -179,9 +180,18 @@ def load_tokenizer(model: Path | str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def positions_of(config: dict[str, Any]) -> int | None:
+    """Returns how many tokens a model takes, from its config.json; None when nothing bounds them."""
+    positions = config.get("max_position_embeddings")
+    if positions and config.get("model_type") in _OFFSET_FAMILIES:
+        # Their positions are counted from behind the id of the padding token, which is 1 unless the file says otherwise.
+        return positions - config.get("pad_token_id", 1) - 1
+    return positions
+
+
 def check_length(length: int, config: Any, key: str, model: Path | str) -> None:
     """Raises UserError when `length` tokens do not fit the model's position embeddings."""
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = positions_of(config.to_dict())
     if positions and length > positions:
         raise UserError(f"{key}={length} is above the {positions} positions of model '{model}': set {key} to {positions} or less")
 

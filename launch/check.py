@@ -1,0 +1,129 @@
+"""Is a recipe ready to run? Every section, file and model that it names is looked at, without loading torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from engine.config import ModelRef, Recipe, references
+from engine.data.batches import accumulation_steps
+from engine.data.sources import SourceConfig, read_rows
+from engine.errors import UserError
+from engine.models import positions_of, require_weights
+from engine.stage import Stage
+from engine.zero import read_zero_config
+from launch.local import process_count
+from launch.recipe import KINDS
+
+FIRST_LINES = 500
+"""Lines of every data file that are read; the stage itself reads them all before it begins."""
+
+
+def check_recipe(recipe: Recipe, stages: list[Stage[Any]]) -> dict[str, str]:
+    """Looks at everything that the stages name.
+
+    Returns:
+        {stage name: one line that says what the stage will do}.
+
+    Raises:
+        UserError: the first thing that would stop a stage.
+    """
+    said: dict[str, str] = {}
+    looked_at: set[str] = set()
+    for stage in stages:
+        _check_files(stage)
+        for source, columns in _sources(stage.config):
+            question = repr((source, columns))
+            if question not in looked_at:
+                looked_at.add(question)
+                for _ in read_rows(source, recipe, columns, lines=FIRST_LINES):
+                    pass
+        _check_length(recipe, stage)
+        said[stage.name] = _training(stage) if KINDS[stage.kind].trains else f"reads {', '.join(_read(stage))}"
+    return said
+
+
+def _check_files(stage: Stage[Any]) -> None:
+    for key, reference in references(stage.config):
+        where = f"stages.{stage.name}.{stage.kind}.{key}"
+        path = stage.recipe.find(reference, where)
+        if not isinstance(reference, ModelRef) or reference in stage.recipe.stages or not isinstance(path, Path):
+            continue
+        try:
+            _check_model(path, stage, key)
+        except UserError as error:
+            raise stage.recipe.error(where, str(error)) from None
+
+
+def _check_model(path: Path, stage: Stage[Any], key: str) -> None:
+    if key == "tokenizer.model":
+        if not (path / "tokenizer.json").is_file() and not (path / "vocab.txt").is_file():
+            raise UserError(f"{path}: no tokenizer in it (tokenizer.json)")
+        return
+    architectures = _model_config(path).get("architectures") or []
+    if stage.kind != "finetune" and not any("ForSequenceClassification" in name for name in architectures):
+        raise UserError(
+            f"{path}: no classifier (its architecture is {', '.join(architectures) or 'unknown'}): fine-tune it first"
+        )
+    if getattr(stage.config, "initialize", "pretrained") == "pretrained":
+        require_weights(path)
+
+
+def _model_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / 'config.json'}: cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path / 'config.json'}: not the configuration of a model")
+    return config
+
+
+def _sources(config: Any) -> list[tuple[SourceConfig, list[str]]]:
+    """Returns every file of rows with the columns that its rows must fill."""
+    columns = config.task.columns if hasattr(config, "task") else [config.text]
+    sources = [(part, columns) for part in (config.data.train, config.data.validation, config.data.test)]
+    transfer = getattr(config, "transfer", None)
+    sources += [(transfer, [transfer.text])] if transfer else []
+    return [(part, columns) for part, columns in sources if isinstance(part, SourceConfig)]
+
+
+def _check_length(recipe: Recipe, stage: Stage[Any]) -> None:
+    length: int = getattr(stage.config, "max_length", 0)  # pretraining builds its positions itself
+    for key, reference in references(stage.config):
+        positions = _positions(recipe, reference) if isinstance(reference, ModelRef) else None
+        if positions and length > positions:
+            where = f"stages.{stage.name}.{stage.kind}.max_length"
+            fits = f"the {positions} positions of {key} '{reference}'"
+            raise recipe.error(where, f"{where}={length} is above {fits}: set it to {positions} or less")
+
+
+def _positions(recipe: Recipe, reference: ModelRef) -> int | None:
+    """Returns how many tokens a model takes, through the stages that lead to it; None when that is not known yet."""
+    if reference not in recipe.stages:
+        path = recipe.find_model(reference)
+        return positions_of(_model_config(path)) if isinstance(path, Path) else None
+    kind = recipe.stages[reference][0]
+    config: Any = recipe.section(reference, KINDS[kind].config)
+    if kind == "pretrain":
+        return config.model.positions
+    return _positions(recipe, (config.student.model or config.teacher) if kind == "distill" else config.model)
+
+
+def _training(stage: Stage[Any]) -> str:
+    train = stage.config.train
+    try:
+        processes = process_count(stage)
+        micro, accumulation = accumulation_steps(train.batch_size, train.micro_batch_size, processes)
+        if stage.config.parallel:
+            read_zero_config(stage.recipe.find_zero(stage.config.parallel), train, micro, accumulation)
+    except UserError as error:
+        raise stage.recipe.error(f"stages.{stage.name}.{stage.kind}.train", f"stage '{stage.name}': {error}") from None
+    length = f"{train.epochs:g} epochs" if train.epochs else f"{train.steps:,} steps"
+    zero = f", {stage.config.parallel}" if stage.config.parallel else ""
+    return f"{length}, batch {train.batch_size} = micro {micro} × processes {processes} × accumulation {accumulation}{zero}"
+
+
+def _read(stage: Stage[Any]) -> list[str]:
+    return list(dict.fromkeys(str(ref) for _, ref in references(stage.config) if isinstance(ref, ModelRef)))

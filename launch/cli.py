@@ -1,0 +1,213 @@
+"""The command line: `bothways run|check|predict|serve|verify|report|benchmark|doctor`.
+
+Everything heavy is imported inside the commands: `bothways --help` and `bothways check` load neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+import engine
+from engine.errors import USER_ERROR, UserError, disk_full
+
+app = typer.Typer(
+    name="bothways",
+    help="One recipe from raw text to a served engine: pretrain, fine-tune, distil, prune, int8, export, serve.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).", show_default=False)]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The directory of an export stage.", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, as in runs/demo.", show_default=False)]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="A.B=C", help="Override a key of the recipe; may be repeated.", show_default=False)
+]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run directories lie.")]
+Engine = Annotated[str | None, typer.Option(help="onnxruntime, tensorrt or tensorrt_rtx.", show_default="onnxruntime")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine.", show_default="one per core")]
+BUNDLE_SAYS = "as the bundle says"
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+@app.command(
+    epilog="Examples: `bothways run recipe.yaml` · `bothways run recipe.yaml --stage teacher --set teacher.train.epochs=1`"
+)
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    stage: Annotated[list[str], typer.Option(help="Run this stage alone; may be repeated.", show_default=False)] = [],  # noqa: B006
+    runs: Runs = Path("runs"),
+    restart: Annotated[bool, typer.Option("--restart", help="Throw interrupted runs away, do not go on from them.")] = False,
+) -> None:
+    """Run the stages of a recipe that are not finished.
+
+    A finished stage whose section and inputs have not changed is skipped; one that was killed goes on from its last checkpoint.
+    To run a finished stage again, remove its directory.
+    """
+    from launch.local import StageError
+    from launch.pipeline import run_recipe
+
+    try:
+        run_recipe(recipe, overrides, runs, stage, restart)
+    except StageError as error:
+        if error.details:
+            print(error.details.rstrip(), file=sys.stderr)
+        _fail(str(error), error.status)
+
+
+@app.command(epilog="Example: `bothways check recipe.yaml --set teacher.train.batch_size=64`")
+def check(recipe: RecipePath, overrides: Overrides = [], runs: Runs = Path("runs")) -> None:  # noqa: B006
+    """Validate a recipe and everything that it names, in under a second."""
+    from engine.config import load_recipe
+    from launch.check import check_recipe
+    from launch.recipe import load_stages
+
+    loaded = load_recipe(recipe, overrides, runs)
+    stages = load_stages(loaded)
+    for name, said in check_recipe(loaded, stages).items():
+        print(f"{name}: {loaded.stages[name][0]}: {said}")
+
+
+@app.command(
+    epilog='Examples: `bothways predict runs/demo/engine "a fine film"` · `cat texts.txt | bothways predict runs/demo/engine` · '
+    "`bothways predict runs/demo/engine --input rows.jsonl --output predictions.jsonl`"
+)
+def predict(
+    bundle: BundlePath,
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="Texts; none: lines of stdin.")] = [],  # noqa: B006
+    source: Annotated[Path | None, typer.Option("--input", metavar="FILE", help="Rows: .jsonl, .csv, .tsv, .txt (.gz).")] = None,
+    target: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Write JSON lines there.")] = None,
+    as_json: Json = False,
+    engine: Engine = None,
+    threads: Threads = None,
+) -> None:
+    """Classify texts with a bundle."""
+    from export.serving.bundle import Bundle
+    from launch.predict import find_bundle
+    from launch.predict import predict as predict_rows
+
+    predict_rows(Bundle.open(find_bundle(bundle), engine=engine, threads=threads), texts, source, target, as_json)
+
+
+@app.command(epilog="Example: `bothways serve runs/demo/engine --http-port 8000 --grpc-port 8001`")
+def serve(
+    bundle: BundlePath,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    http_port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8001,
+    max_queue: Annotated[
+        int | None, typer.Option(min=1, help="Requests that may wait.", show_default="as the bundle says")
+    ] = None,
+    max_batch: Annotated[int | None, typer.Option(min=1, help="Rows of a batch.", show_default="as the bundle says")] = None,
+    batch_delay: Annotated[float | None, typer.Option(min=0, help="Milliseconds a batch waits.", show_default="none")] = None,
+    engine: Engine = None,
+    threads: Threads = None,
+) -> None:
+    """Serve a bundle: Open Inference Protocol over HTTP and gRPC, a plain text route, health and metrics."""
+    from export.serving.server import serve as serve_bundle
+    from launch.predict import find_bundle
+
+    path = find_bundle(bundle)
+    serve_bundle(path, host, http_port, grpc_port, threads, max_queue, max_batch, batch_delay, engine)
+
+
+@app.command(epilog="Example: `bothways verify runs/demo/engine`")
+def verify(bundle: BundlePath, engine: Engine = None, threads: Threads = None, as_json: Json = False) -> None:
+    """Check a bundle: hashes of all files, golden outputs, parity with the model that it came from."""
+    from export.serving.bundle import verify_bundle
+    from launch.predict import find_bundle
+
+    report = verify_bundle(find_bundle(bundle), engine=engine, threads=threads)
+    print(json.dumps(report, indent=1) if as_json else "\n".join([*_lines(report), f"{bundle}: intact"]))
+
+
+@app.command(epilog="Examples: `bothways report runs/demo` · `bothways report runs/demo --json`")
+def report(run: RunPath, as_json: Json = False) -> None:
+    """Draw what each stage made of the model: one offline HTML page, or JSON."""
+    from export.report import report_json, write_report
+
+    if as_json:
+        print(json.dumps(report_json(run), indent=1))
+    else:
+        print(write_report(run))
+
+
+@app.command(epilog="Example: `bothways benchmark runs/demo/engine --threads 2`")
+def benchmark(
+    bundle: BundlePath,
+    threads: Threads = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Passes over the golden inputs.", show_default="enough")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the latency of a bundle's engine on its own golden inputs."""
+    from export.benchmark import benchmark_bundle
+
+    from launch.predict import find_bundle
+
+    options = {"threads": threads, "rounds": rounds}
+    result = benchmark_bundle(find_bundle(bundle), **{key: value for key, value in options.items() if value is not None})
+    print(json.dumps(result, indent=1) if as_json else "\n".join(_lines(result)))
+
+
+@app.command(epilog="Examples: `bothways doctor` · `bothways doctor --json`")
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine can and cannot do, and why."""
+    from launch.doctor import examine, show
+
+    findings = examine()
+    print(json.dumps([finding._asdict() for finding in findings], indent=1)) if as_json else show(findings)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"bothways {engine.__version__}")
+        raise typer.Exit
+
+
+def _lines(values: dict[str, Any], where: str = "") -> list[str]:
+    lines = []
+    for key, value in values.items():
+        name = f"{where}.{key}".lstrip(".")
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        lines += _lines(value, name) if isinstance(value, dict) else [f"{name}: {shown}"]
+    return lines
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry point of `bothways`: a mistake that the user can mend is one line on stderr and exit status 2."""
+    usage_error: Any = typer.BadParameter.__bases__[0]  # click's, wherever typer keeps it
+    try:
+        sys.exit(app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False))
+    except UserError as error:
+        _fail(str(error), USER_ERROR)
+    except usage_error as error:
+        context = getattr(error, "ctx", None)
+        _fail(f"{error.format_message()} (see `{context.command_path if context else 'bothways'} --help`)", USER_ERROR)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader is gone; Python would complain once more when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        _fail(f"disk full while writing {error.filename or 'a file'}: free some space and run again", USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Predictions from the command line: texts, lines of standard input, or a file of rows."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from engine.data.sources import parse_file
+from engine.errors import UserError
+
+if TYPE_CHECKING:
+    from export.serving.bundle import Bundle
+
+CHUNK = 512
+"""Rows predicted at a time."""
+
+Row = dict[str, Any]
+
+
+def find_bundle(path: Path) -> Path:
+    """Returns `path` when it is a bundle.
+
+    Raises:
+        UserError: it is none; names the bundle that was probably meant.
+    """
+    if (path / "manifest.json").is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: no such bundle (a bundle is the directory of an export stage)")
+    inside = sorted(child.parent for child in path.glob("*/manifest.json"))
+    hint = f": did you mean {inside[0]}?" if inside else " (no manifest.json): bundles are made by export stages"
+    raise UserError(f"{path}: not a bundle{hint}")
+
+
+def predict(bundle: Bundle, texts: list[str], source: Path | None, target: Path | None, as_json: bool) -> None:
+    """Predicts every row and writes one line for each.
+
+    Args:
+        bundle: an opened bundle.
+        texts: what to predict; with none and no `source`, the lines of standard input.
+        source: a file of rows (.jsonl, .csv, .tsv, .txt, also .gz); all of it is checked before the first prediction.
+        target: where to write, complete or not at all; None: standard output.
+        as_json: JSON lines instead of text; a `target` is always written so.
+
+    Raises:
+        UserError: a malformed line or a row without text; names file and line.
+    """
+    if texts and source:
+        raise UserError("give either texts or --input, not both")
+    total = sum(1 for _ in _checked(bundle, source)) if source else len(texts) or None
+    if total == 0:
+        raise UserError(f"{source}: no rows")
+    rows: Iterable[Row] = _checked(bundle, source) if source else ({"text": text} for text in texts or _lines(sys.stdin))
+    # A person who types wants an answer after every line.
+    size = 1 if not texts and not source and sys.stdin.isatty() else CHUNK
+    with _output(target) as file, _progress(total) as advance:
+        while chunk := list(itertools.islice(rows, size)):
+            for row, prediction in zip(chunk, bundle.predict(chunk), strict=True):
+                print(_line(bundle, row, prediction, as_json or target is not None), file=file)
+            file.flush()
+            advance(len(chunk))
+
+
+def _lines(stream: IO[str]) -> Iterator[str]:
+    return (line.strip() for line in stream if line.strip())
+
+
+def _checked(bundle: Bundle, source: Path | None) -> Iterator[Row]:
+    assert source is not None
+    if not source.is_file():
+        raise UserError(f"{source}: no such file")
+    task = bundle.manifest.task
+    columns = [(column, key) for column, key in ((task.text, "text"), (task.text_pair, "text_pair")) if column]
+    for line, row in parse_file(source):
+        for column, key in columns:
+            if row.get(column, row.get(key)) in (None, ""):
+                raise UserError(f"{source}:{line}: no text in column '{column}'")
+        yield row
+
+
+def _line(bundle: Bundle, row: Row, prediction: dict[str, Any], as_json: bool) -> str:
+    if as_json:
+        return json.dumps({"input": row, **prediction}, ensure_ascii=False)
+    text = row.get(bundle.manifest.task.text, row.get("text"))
+    return f"{prediction['label']}\t{prediction['score']:.4f}\t{text}"
+
+
+@contextlib.contextmanager
+def _output(target: Path | None) -> Iterator[IO[str]]:
+    if target is None:
+        yield sys.stdout
+        return
+    part = target.with_name(target.name + ".tmp")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+        part.rename(target)
+    except FileNotFoundError:
+        raise UserError(f"{target}: its directory does not exist") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _progress(total: int | None) -> Iterator[Any]:
+    if total is None or total <= CHUNK or not sys.stderr.isatty():
+        yield lambda rows: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda rows: progress.advance(task, rows)
