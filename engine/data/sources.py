@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from engine.config import FileRef, Recipe, Strict
+from engine.config import FileRef, Fraction, Recipe, Strict
 from engine.errors import UserError, did_you_mean
 
 Row = dict[str, Any]
@@ -32,6 +32,8 @@ class SourceConfig(Strict):
     """`.jsonl`, `.csv`, `.tsv` (with a header line) or `.txt` (a row a line, column `text`); `.gz` may follow."""
     where: dict[str, str | int | float | bool] = {}
     """Keep only the rows whose columns hold these values."""
+    share: Fraction = 1.0
+    """Keep only this share of the rows, chosen by a hash of the row: a sample that is the same on every machine."""
     limit: int | None = None
     """Keep only this many rows, from the top."""
 
@@ -47,24 +49,29 @@ def source_format(path: Path) -> str:
     return suffix
 
 
-def read_rows(source: SourceConfig, recipe: Recipe, columns: list[str]) -> Iterator[tuple[int, Row]]:
+def read_rows(source: SourceConfig, recipe: Recipe, columns: list[str], lines: int | None = None) -> Iterator[tuple[int, Row]]:
     """Yields (line number, row) of every kept row.
 
     Args:
         source: the file and its filter.
         recipe: finds the file.
         columns: the columns that must be present and filled in every kept row.
+        lines: look no further than this line; the rows that are kept may then all lie behind it.
 
     Raises:
         UserError: unreadable file, malformed line, missing or empty column; names file and line.
     """
     path = recipe.find_file(source.path)
     kept = 0
-    for line, row in _parse(path):
+    for line, row in parse_file(path):
+        if lines is not None and line > lines:
+            return
         if any(key not in row for key in source.where):
             missing = next(key for key in source.where if key not in row)
             raise UserError(f"{path}:{line}: no column '{missing}' to filter by{did_you_mean(missing, list(row))}")
         if any(str(row[key]) != str(value) for key, value in source.where.items()):
+            continue
+        if source.share < 1 and share_of(f"sample\t{json.dumps(row, sort_keys=True)}") >= source.share:
             continue
         if source.limit is not None and kept >= source.limit:
             return
@@ -86,7 +93,12 @@ def _open(path: Path) -> io.TextIOWrapper:
     return io.TextIOWrapper(opened(path, "rb"), encoding="utf-8-sig", newline="")
 
 
-def _parse(path: Path) -> Iterator[tuple[int, Row]]:
+def parse_file(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yields (line number, row) of every row of a file, as it stands there.
+
+    Raises:
+        UserError: unreadable file or malformed line; names file and line.
+    """
     suffix = source_format(path)
     line = 0
     try:
@@ -101,7 +113,7 @@ def _parse(path: Path) -> Iterator[tuple[int, Row]]:
                         yield line, {"text": text.strip()}
             else:
                 # Quotes mean nothing in a TSV: a lone one is part of the text.
-                quoting = csv.QUOTE_NONE if suffix == ".tsv" else csv.QUOTE_MINIMAL
+                quoting: Any = csv.QUOTE_NONE if suffix == ".tsv" else csv.QUOTE_MINIMAL
                 reader = csv.reader(file, delimiter=_DELIMITERS[suffix], quoting=quoting, strict=suffix == ".csv")
                 header = next(reader, None)
                 for cells in reader:
