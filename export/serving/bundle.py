@@ -355,7 +355,7 @@ def _load_engine(directory: Path, manifest: Manifest, name: str, threads: int | 
         return OrtEngine(read_file(directory, manifest, file), threads)
     from export.engines.trt import TrtEngine
 
-    return TrtEngine(directory / file)
+    return TrtEngine(directory / file, name)
 
 
 def _distance(first: np.ndarray, second: np.ndarray) -> float:

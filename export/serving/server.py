@@ -72,18 +72,19 @@ def _load(path: str | Path, engine: str | None, threads: int | None, *batching: 
 @contextlib.contextmanager
 def _listen(host: str, port: int) -> Iterator[socket.socket]:
     """Takes a port, so that one in use shows before anything is loaded."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"cannot listen on {host}:{port}: ports are 0 to 65535")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen on {host}:{port}: {error}: name an address of this machine") from None
+    except OSError as error:
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror}: name an address of this machine") from None
     with socket.socket(family, kind) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
             listener.listen()
-        except (OSError, OverflowError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise UserError(f"cannot listen on {host}:{port}: {reason}: choose another address or port") from None
+        except OSError as error:
+            raise UserError(f"cannot listen on {host}:{port}: {error.strerror}: choose another address or port") from None
         yield listener
 
 
