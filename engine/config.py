@@ -32,7 +32,8 @@ class Strict(BaseModel):
             for key in data:
                 if key not in cls.model_fields:
                     hint = did_you_mean(str(key), list(cls.model_fields))
-                    raise PydanticCustomError("unknown_key", "{message}", {"message": f"unknown key '{key}'{hint}"})
+                    context = {"message": f"unknown key '{key}'{hint}", "key": str(key)}
+                    raise PydanticCustomError("unknown_key", "{message}", context)
         return data
 
 
@@ -161,7 +162,8 @@ class Recipe:
             message = re.sub(r"^Value error, ", "", worst["msg"])
             given = worst.get("input")
             shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool)) else ""
-            raise self.error(key, f"{key}: {message[:1].lower()}{message[1:]}{shown}") from None
+            line_of = f"{key}.{worst['ctx']['key']}" if worst["type"] == "unknown_key" else key
+            raise self.error(line_of, f"{key}: {message[:1].lower()}{message[1:]}{shown}") from None
 
     def find(self, reference: _Reference, key: str) -> Path | str:
         """Returns what `reference` names: a path, or the hub id of a model unchanged.

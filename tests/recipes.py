@@ -70,5 +70,6 @@ def write_recipe(directory: Path, stages: dict | None = None, name: str = "tiny"
     if not (directory / "rows.jsonl").exists():
         write_rows(directory / "rows.jsonl", ragged_rows(64))
     path = directory / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"name": name, "stages": stages or {"teacher": {"finetune": finetune_section()}}}))
+    stages = stages or {"teacher": {"finetune": finetune_section()}}
+    path.write_text(yaml.safe_dump({"name": name, "stages": stages}, sort_keys=False))
     return path

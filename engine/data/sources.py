@@ -9,6 +9,7 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,9 +64,7 @@ def read_rows(source: SourceConfig, recipe: Recipe, columns: list[str], lines: i
     """
     path = recipe.find_file(source.path)
     kept = 0
-    for line, row in parse_file(path):
-        if lines is not None and line > lines:
-            return
+    for line, row in parse_file(path, lines):
         if any(key not in row for key in source.where):
             missing = next(key for key in source.where if key not in row)
             raise UserError(f"{path}:{line}: no column '{missing}' to filter by{did_you_mean(missing, list(row))}")
@@ -93,8 +92,8 @@ def _open(path: Path) -> io.TextIOWrapper:
     return io.TextIOWrapper(opened(path, "rb"), encoding="utf-8-sig", newline="")
 
 
-def parse_file(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yields (line number, row) of every row of a file, as it stands there.
+def parse_file(path: Path, lines: int | None = None) -> Iterator[tuple[int, Row]]:
+    """Yields (line number, row) of every row of a file, as it stands there; with `lines`, no further than that line.
 
     Raises:
         UserError: unreadable file or malformed line; names file and line.
@@ -104,11 +103,11 @@ def parse_file(path: Path) -> Iterator[tuple[int, Row]]:
     try:
         with _open(path) as file:
             if suffix == ".jsonl":
-                for line, text in enumerate(file, 1):
+                for line, text in enumerate(itertools.islice(file, lines), 1):
                     if text.strip():
                         yield line, _json_row(path, line, text)
             elif suffix == ".txt":
-                for line, text in enumerate(file, 1):
+                for line, text in enumerate(itertools.islice(file, lines), 1):
                     if text.strip():
                         yield line, {"text": text.strip()}
             else:
@@ -118,6 +117,8 @@ def parse_file(path: Path) -> Iterator[tuple[int, Row]]:
                 header = next(reader, None)
                 for cells in reader:
                     line = reader.line_num
+                    if lines is not None and line > lines:
+                        return
                     if not cells:
                         continue
                     if header is None or len(cells) != len(header):
