@@ -75,10 +75,11 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
     if not 0 <= port <= 65535:
         raise UserError(f"cannot listen on {host}:{port}: ports are 0 to 65535")
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
         raise UserError(f"cannot listen on {host}:{port}: {error.strerror}: name an address of this machine") from None
-    with socket.socket(family, kind) as listener:
+    # asyncio switches Nagle's delay off only where the protocol is given.
+    with socket.socket(family, kind, protocol) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
