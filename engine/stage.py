@@ -108,6 +108,19 @@ def read_stage(directory: Path) -> dict[str, Any] | None:
     return record
 
 
+def lineage(directory: Path) -> dict[Path, dict[str, Any]]:
+    """Returns {directory: stage.json} of a finished stage and of the stages beside it that led to it, nearest first."""
+    found: dict[Path, dict[str, Any]] = {}
+    waiting = [directory]
+    while waiting:
+        current = waiting.pop(0)
+        record = None if current in found else read_stage(current)
+        if record is not None:
+            found[current] = record
+            waiting += [current.parent / entry["reference"] for entry in record["inputs"].values()]
+    return found
+
+
 class Stage(Generic[Section]):
     """One stage of one recipe as its entry point sees it: a validated section, its inputs and its directories."""
 

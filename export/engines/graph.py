@@ -140,15 +140,23 @@ def merge_projections(model: onnx.ModelProto) -> int:
                 "Split", [name, f"{name}_sizes"], [add.output[0] for _, add in layers], name=f"{name}_split", axis=-1
             ),
         ]
-        place = list(graph.node).index(layers[0][0])
-        for offset, node in enumerate(new):
-            graph.node.insert(place + offset, node)
+        replace_node(model, layers[0][0], new)
         for node, add in layers:
-            graph.node.remove(node)
+            if node is not layers[0][0]:
+                graph.node.remove(node)
             graph.node.remove(add)
         merged += 1
     drop_unused(model)
     return merged
+
+
+def replace_node(model: onnx.ModelProto, node: onnx.NodeProto, new: list[onnx.NodeProto]) -> None:
+    """Puts nodes in the place of one, in place; constants that only it read go with it."""
+    place = list(model.graph.node).index(node)
+    model.graph.node.remove(node)
+    for offset, item in enumerate(new):
+        model.graph.node.insert(place + offset, item)
+    drop_unused(model)
 
 
 def drop_unused(model: onnx.ModelProto) -> None:

@@ -1,0 +1,115 @@
+"""Latency side by side: every candidate runs the same inputs in turn, so that a slow spell of the machine slows all alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+INPUTS_PER_ROUND = 25
+"""Inputs that one round measures: a few hundred milliseconds, short enough that a disturbance spoils few rounds."""
+WARM_UP = 3
+"""Unmeasured calls when a candidate's turn comes: threads of the one before it have stopped spinning by then."""
+BATCHES = (1, 8, 32)
+LENGTHS = (16, 64, 128)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a model."""
+
+    name: str
+    stage: str
+    runtime: str
+    precision: str
+    run: Callable[[Arrays], Any]
+
+
+def measure(candidates: list[Candidate], inputs: list[Arrays], rounds: int) -> dict[str, np.ndarray]:
+    """Times every candidate over every input.
+
+    Args:
+        inputs: what a call takes; a round measures the next INPUTS_PER_ROUND of them with every candidate in turn.
+        rounds: how many.
+
+    Returns:
+        {name: mean milliseconds of a call in each round, shape (rounds,)}; entry r of all candidates is over the same inputs.
+    """
+    times: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
+    size = min(INPUTS_PER_ROUND, len(inputs))
+    for turn in range(rounds):
+        chosen = [inputs[(turn * size + offset) % len(inputs)] for offset in range(size)]
+        shift = turn % len(candidates)
+        for candidate in candidates[shift:] + candidates[:shift]:
+            for arrays in chosen[:WARM_UP]:
+                candidate.run(arrays)
+            started = time.perf_counter()
+            for arrays in chosen:
+                candidate.run(arrays)
+            times[candidate.name].append((time.perf_counter() - started) / size * 1e3)
+    return {name: np.asarray(values) for name, values in times.items()}
+
+
+def summary(times_R: np.ndarray) -> dict[str, float]:
+    """Returns median, quartiles (low, high) and 95th percentile of the rounds, in milliseconds."""
+    low, median, high, slow = np.percentile(times_R, [25, 50, 75, 95])
+    return {"median_ms": float(median), "low": float(low), "high": float(high), "p95_ms": float(slow)}
+
+
+def torch_candidate(stage: str, directory: Path, inputs: list[str], threads: int) -> Candidate:
+    """Returns a model in PyTorch fp32, eager mode, with the attention that is faster on this hardware."""
+    import torch
+
+    from engine.models import load_model
+
+    torch.set_num_threads(threads)
+    model = load_model(directory, "classification").eval()
+
+    def run(arrays: Arrays) -> Any:
+        with torch.inference_mode():
+            return model(**{name: torch.from_numpy(arrays[name]) for name in inputs}).logits.numpy()
+
+    return Candidate(f"{stage}/torch-fp32", stage, "torch", "fp32", run)
+
+
+def benchmark_bundle(path: Path, threads: int = 2, rounds: int = 20) -> dict[str, Any]:
+    """Measures a bundle's ONNX Runtime engine.
+
+    Args:
+        threads: of one call.
+        rounds: passes; each measures up to INPUTS_PER_ROUND golden inputs, and every batch size and length once.
+
+    Returns:
+        {"threads", "rounds", "batch_1": over the golden inputs at their natural lengths, with "text" (tokenizing included),
+        "batches": {"8×64": {…, "rows_per_second"}}}.
+    """
+    from export.serving.bundle import Bundle
+
+    bundle = Bundle.open(path, threads=threads)
+    rows = bundle.golden()
+    inputs = [bundle.encode([row]) for row in rows]
+    engine = Candidate("engine", bundle.manifest.name, "onnxruntime", "", bundle.engine.run)
+    times = measure([engine], inputs, rounds)["engine"]
+    texts = []
+    for row in (rows * (1 + rounds * INPUTS_PER_ROUND // len(rows)))[: rounds * INPUTS_PER_ROUND]:
+        started = time.perf_counter()
+        bundle.predict([row])
+        texts.append((time.perf_counter() - started) * 1e3)
+    batches = {}
+    for batch in (size for size in BATCHES if size <= bundle.manifest.max_batch):
+        for length in (size for size in LENGTHS if size <= bundle.manifest.max_length):
+            arrays = {name: np.ones((batch, length), dtype=np.int64) for name in bundle.engine.inputs}
+            found = summary(measure([engine], [arrays], rounds)["engine"])
+            batches[f"{batch}×{length}"] = {**found, "rows_per_second": batch / found["median_ms"] * 1e3}
+    return {
+        "threads": threads,
+        "rounds": rounds,
+        "batch_1": {**summary(times), "text": summary(np.asarray(texts))},
+        "batches": batches,
+    }
