@@ -12,6 +12,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from export.serving.protocol import Given, RequestError, Wanted, to_bytes
 from export.serving.service import Service
+from export.serving.triton import VERSION
 
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -34,7 +35,7 @@ class GrpcFrontend(service_pb2_grpc.GRPCInferenceServiceServicer):
         return service_pb2.ServerReadyResponse(ready=self.service.ready)
 
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
-        known = request.name in self.service.models and request.version in ("", "1")
+        known = request.name in self.service.models and request.version in ("", VERSION)
         return service_pb2.ModelReadyResponse(ready=known and self.service.ready)
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
@@ -83,7 +84,7 @@ class GrpcFrontend(service_pb2_grpc.GRPCInferenceServiceServicer):
         arrays = model.spec.read(_given(request))
         wanted = model.spec.wanted([_wanted(item) for item in request.outputs])
         outputs = await self.service.infer(model, arrays)
-        response = service_pb2.ModelInferResponse(model_name=model.spec.name, model_version="1", id=request.id)
+        response = service_pb2.ModelInferResponse(model_name=model.spec.name, model_version=VERSION, id=request.id)
         for item in wanted:
             datatype, array = model.spec.output(item, outputs)
             response.outputs.add(name=item.name, datatype=datatype, shape=array.shape)

@@ -15,7 +15,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from export.serving.protocol import Given, RequestError, Wanted, to_bytes, to_json, to_list
+from export.serving.scheduler import ServedModel
 from export.serving.service import Service
+from export.serving.triton import VERSION
 
 MAX_BODY = 16 * 2**20
 """Bytes of a request, also after decompression: a few thousand of the longest texts."""
@@ -24,45 +26,83 @@ WORTH_COMPRESSING = 512
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
-def http_app(service: Service) -> Starlette:
-    """Returns the ASGI application."""
+class HttpFrontend:
+    """The routes; `app` is the ASGI application."""
 
-    async def live(request: Request) -> Response:
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        routes = [
+            Route("/v2/health/live", self.live),
+            Route("/v2/health/ready", self.ready),
+            Route("/v2", self.server_metadata),
+            Route("/v2/models/stats", self.statistics),
+            Route("/v2/repository/index", self.index, methods=["POST"]),
+            Route("/metrics", self.metrics),
+            Route("/predict", self.predict, methods=["POST"]),
+        ]
+        for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+            routes += [
+                Route(prefix, self.model_metadata),
+                Route(prefix + "/ready", self.ready),
+                Route(prefix + "/config", self.model_config),
+                Route(prefix + "/stats", self.statistics),
+                Route(prefix + "/infer", self.infer, methods=["POST"]),
+            ]
+        handlers: dict[Any, Any] = {RequestError: _refused, HTTPException: _refused, ClientDisconnect: _gone, Exception: _failed}
+        self.app = Starlette(routes=routes, exception_handlers=handlers)
+
+    def _model(self, request: Request) -> ServedModel:
+        return self.service.model(request.path_params["model"], request.path_params.get("version", ""))
+
+    async def live(self, request: Request) -> Response:
+        """Tells that the process answers."""
         return _json({"live": True})
 
-    async def ready(request: Request) -> Response:
-        return _json({"ready": service.ready}, 200 if service.ready else 503)
+    async def ready(self, request: Request) -> Response:
+        """Tells whether the server, or one of its models, takes requests: 200 or 503."""
+        if request.path_params:
+            self._model(request)
+        return _json({"ready": self.service.ready}, 200 if self.service.ready else 503)
 
-    async def server_metadata(request: Request) -> Response:
-        return _json(service.metadata())
+    async def server_metadata(self, request: Request) -> Response:
+        """Answers with the server's metadata."""
+        return _json(self.service.metadata())
 
-    async def model_metadata(request: Request) -> Response:
-        return _json(_model(service, request).spec.metadata())
+    async def model_metadata(self, request: Request) -> Response:
+        """Answers with a model's metadata."""
+        return _json(self._model(request).spec.metadata())
 
-    async def model_ready(request: Request) -> Response:
-        _model(service, request)
-        return _json({"ready": service.ready}, 200 if service.ready else 503)
+    async def model_config(self, request: Request) -> Response:
+        """Answers with a model's configuration."""
+        return _json(to_json(self._model(request).spec.config))
 
-    async def model_config(request: Request) -> Response:
-        return _json(to_json(_model(service, request).spec.config))
+    async def statistics(self, request: Request) -> Response:
+        """Answers with the statistics of one model, or of all."""
+        return _json(self.service.statistics([self._model(request).spec.name] if request.path_params else []))
 
-    async def statistics(request: Request) -> Response:
-        names = [_model(service, request).spec.name] if "model" in request.path_params else []
-        return _json(service.statistics(names))
+    async def index(self, request: Request) -> Response:
+        """Answers with the repository index."""
+        return _json(self.service.index())
 
-    async def index(request: Request) -> Response:
-        return _json(service.index())
+    async def metrics(self, request: Request) -> Response:
+        """Answers with the Prometheus page."""
+        return Response(self.service.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def metrics(request: Request) -> Response:
-        return Response(service.metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def predict(self, request: Request) -> Response:
+        """Answers texts in plain JSON."""
+        pair = "TEXT_PAIR" in self.service.text.spec.inputs
+        rows, alone = _rows(await _body(request), request.headers.get("content-type", ""), pair)
+        answers = await self.service.predict(rows)
+        return _json(answers[0] if alone else answers)
 
-    async def infer(request: Request) -> Response:
-        model = _model(service, request)
+    async def infer(self, request: Request) -> Response:
+        """Answers an inference request of the protocol."""
+        model = self._model(request)
         head, binary = _split(await _body(request), request.headers.get(HEADER_LENGTH))
         given, wanted, in_binary = _parse(head, binary)
         arrays, wanted = model.spec.read(given), model.spec.wanted(wanted)
-        outputs = await service.infer(model, arrays)
-        answer: dict[str, Any] = {"model_name": model.spec.name, "model_version": "1", "outputs": []}
+        outputs = await self.service.infer(model, arrays)
+        answer: dict[str, Any] = {"model_name": model.spec.name, "model_version": VERSION, "outputs": []}
         if head.get("id"):
             answer["id"] = head["id"]
         tail = []
@@ -76,36 +116,6 @@ def http_app(service: Service) -> Starlette:
                 output["data"] = to_list(array)
             answer["outputs"].append(output)
         return _compressed(orjson.dumps(answer), tail, request.headers.get("accept-encoding", ""))
-
-    async def predict(request: Request) -> Response:
-        rows, alone = _rows(await _body(request), request.headers.get("content-type", ""), service)
-        answers = await service.predict(rows)
-        return _json(answers[0] if alone else answers)
-
-    model = "/v2/models/{model}"
-    routes = [
-        Route("/v2/health/live", live),
-        Route("/v2/health/ready", ready),
-        Route("/v2", server_metadata),
-        Route("/v2/models/stats", statistics),
-        Route("/v2/repository/index", index, methods=["POST"]),
-        Route("/metrics", metrics),
-        Route("/predict", predict, methods=["POST"]),
-    ]
-    for prefix in (model, model + "/versions/{version}"):
-        routes += [
-            Route(prefix, model_metadata),
-            Route(prefix + "/ready", model_ready),
-            Route(prefix + "/config", model_config),
-            Route(prefix + "/stats", statistics),
-            Route(prefix + "/infer", infer, methods=["POST"]),
-        ]
-    handlers: dict[Any, Any] = {RequestError: _refused, HTTPException: _refused, ClientDisconnect: _gone, Exception: _failed}
-    return Starlette(routes=routes, exception_handlers=handlers)
-
-
-def _model(service: Service, request: Request) -> Any:
-    return service.model(request.path_params["model"], request.path_params.get("version", ""))
 
 
 def _json(value: Any, status: int = 200) -> Response:
@@ -234,9 +244,8 @@ def _parameters(holder: dict[str, Any], where: str) -> dict[str, Any]:
     return parameters
 
 
-def _rows(body: bytes, content_type: str, service: Service) -> tuple[list[dict[str, str]], bool]:
+def _rows(body: bytes, content_type: str, pair: bool) -> tuple[list[dict[str, str]], bool]:
     """Reads the rows of the plain text route; returns (rows, whether it was one row and not a list)."""
-    pair = "TEXT_PAIR" in service.text.spec.inputs
     columns = ["text", "text_pair"] if pair else ["text"]
     if content_type.partition(";")[0].strip().lower() == "text/plain":
         try:

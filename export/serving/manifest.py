@@ -32,6 +32,10 @@ InnerPath = Annotated[str, AfterValidator(_inside)]
 """A relative path, written with '/', that stays inside the bundle."""
 
 
+Runtime = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
+"""What runs an engine; `onnxruntime` is in every bundle."""
+
+
 class FileEntry(Strict):
     """One file of the bundle."""
 
@@ -79,7 +83,7 @@ class Manifest(Strict):
     """Inputs of the engines' graph."""
     weight_bytes: int = Field(ge=0)
     """Bytes of the constants of the ONNX engine."""
-    engines: dict[str, EngineEntry]
+    engines: dict[Runtime, EngineEntry]
     parity: dict[str, Any]
     benchmark: dict[str, Any]
     versions: dict[str, str]

@@ -127,6 +127,13 @@ class ServedModel:
             self.statistics.requests["fail"].add(time.perf_counter_ns() - work.arrived)
             raise
 
+    def refuse_waiting(self) -> None:
+        """Refuses every request that waits: the server stops at once."""
+        while self.queue:
+            _, answer = self.queue.popleft()
+            if not answer.done():
+                answer.set_exception(RequestError("the server stops", 503))
+
     async def run(self) -> None:
         """Works off the queue until it is cancelled."""
         loop = asyncio.get_running_loop()

@@ -51,8 +51,8 @@ def serve(
     try:
         import export.serving.grpc_frontend
         import export.serving.http_frontend  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(f"serving needs the package '{error.name}': pip install 'bothways[serve]'") from None
+    except (ImportError, RuntimeError) as error:  # tritonclient raises RuntimeError where grpcio is missing
+        raise UserError(f"serving needs more packages ({error}): pip install 'bothways[serve]'") from None
     with _listen(host, http_port) as listener:
         asyncio.run(_serve(listener, grpc_port, lambda: _load(path, engine, threads, max_queue, max_batch, batch_delay)))
 
@@ -95,7 +95,7 @@ async def _serve(listener: socket.socket, grpc_port: int, load: Callable[[], Ser
     from tritonclient.grpc import service_pb2_grpc
 
     from export.serving.grpc_frontend import GrpcFrontend
-    from export.serving.http_frontend import MAX_BODY, http_app
+    from export.serving.http_frontend import MAX_BODY, HttpFrontend
 
     class HttpServer(uvicorn.Server):
         """uvicorn without its signal handlers: HTTP and gRPC stop together."""
@@ -115,17 +115,22 @@ async def _serve(listener: socket.socket, grpc_port: int, load: Callable[[], Ser
         service = load()
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(GrpcFrontend(service), rpc)
         config = uvicorn.Config(
-            http_app(service), lifespan="off", ws="none", log_level="warning", timeout_graceful_shutdown=DRAIN_SECONDS
+            HttpFrontend(service).app,
+            lifespan="off",
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
         )
         http = HttpServer(config)
-        async with _until_asked_to_stop(service, http, rpc) as asked:
+        async with _until_asked_to_stop(service, http) as asked:
             await rpc.start()
             answering = asyncio.create_task(http.serve(sockets=[listener]))
             print(
                 f"serving '{service.bundle.manifest.name}' on http://{shown}:{http_port} and grpc://{shown}:{grpc_port}",
                 flush=True,
             )
-            await asked.wait()
+            await asyncio.wait([answering, asyncio.create_task(asked.wait())], return_when=asyncio.FIRST_COMPLETED)
             service.ready, http.should_exit = False, True
             await asyncio.gather(answering, rpc.stop(DRAIN_SECONDS))
     finally:
@@ -133,14 +138,15 @@ async def _serve(listener: socket.socket, grpc_port: int, load: Callable[[], Ser
 
 
 @contextlib.asynccontextmanager
-async def _until_asked_to_stop(service: Service, http: Any, rpc: Any) -> AsyncIterator[asyncio.Event]:
-    """Runs the models' queues; the first SIGTERM or SIGINT sets the event, a second one drops what is under way."""
+async def _until_asked_to_stop(service: Service, http: Any) -> AsyncIterator[asyncio.Event]:
+    """Runs the models' queues; the first SIGTERM or SIGINT sets the event, a second one refuses what waits."""
     loop, asked = asyncio.get_running_loop(), asyncio.Event()
 
     def stop() -> None:
         if asked.is_set():
+            for model in service.models.values():
+                model.refuse_waiting()
             http.force_exit = True
-            loop.create_task(rpc.stop(0))
         asked.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):

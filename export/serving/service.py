@@ -5,7 +5,6 @@ Shapes: B rows, L tokens, C classes.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -108,15 +107,16 @@ class Service:
 
     async def predict(self, rows: list[dict[str, str]]) -> list[dict[str, Any]]:
         """Answers any number of rows, in requests of the text model."""
-        names = {"TEXT": "text", "TEXT_PAIR": "text_pair"}
-        step = self.text.spec.max_batch
-        parts = []
-        for start in range(0, len(rows), step):
-            chunk = rows[start : start + step]
-            columns = {name: [row[names[name]].encode() for row in chunk] for name in self.text.spec.inputs}
-            parts.append({name: np.array(column, dtype=np.object_)[:, None] for name, column in columns.items()})
-        answers = await asyncio.gather(*(self.infer(self.text, part) for part in parts))
-        return [self.bundle.prediction(scores) for answer in answers for scores in answer["SCORES"]]
+        keys = dict(zip(self.text.spec.inputs, ("text", "text_pair"), strict=False))
+        answers = []
+        # One request at a time: a long list is no overload, and leaves room for others.
+        for start in range(0, len(rows), self.text.spec.max_batch):
+            chunk = rows[start : start + self.text.spec.max_batch]
+            columns = {name: [row[key].encode() for row in chunk] for name, key in keys.items()}
+            arrays = {name: np.array(column, dtype=np.object_)[:, None] for name, column in columns.items()}
+            outputs = await self.infer(self.text, arrays)
+            answers += [self.bundle.prediction(scores) for scores in outputs["SCORES"]]
+        return answers
 
     def _texts(self, arrays: Arrays) -> Arrays:
         texts = [[text.decode() for text in arrays[name].ravel()] for name in self.text.spec.inputs]

@@ -237,6 +237,8 @@ def test_what_the_server_was_started_with_shows_in_its_configuration(bundle):
         assert config.dynamic_batching.default_queue_policy.max_queue_size == 7
         with pytest.raises(InferenceServerException, match="takes 1 to 2 rows"):
             running.client("http").infer("tiny", inputs("http", texts("a", "b", "c")))
+        # A list that is longer than the queue is worked off batch by batch.
+        assert len(running.json("POST", "/predict", ["bad"] * 40)[1]) == 40
 
 
 def test_a_grpc_stream_answers_each_request_and_survives_a_bad_one(server):

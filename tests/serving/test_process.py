@@ -1,12 +1,14 @@
 """The server as a process: what stops it from starting, and how it stops."""
 
+import signal
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from engine.errors import UserError
-from export.serving.server import serve
+from export.serving.server import _listen, serve
 from tests.serving.servers import inputs, serving, texts
 from tests.unit.bundles import copy_bundle, relist
 
@@ -34,6 +36,11 @@ def test_an_address_that_is_not_this_machines_is_one_line(tmp_path, host, port):
         serve(tmp_path, host, http_port=port, grpc_port=0)
 
 
+def test_the_listener_names_its_protocol_so_that_asyncio_switches_nagles_delay_off():
+    with _listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
+
+
 def test_a_changed_bundle_is_not_served(bundle, tmp_path):
     copy = copy_bundle(bundle, tmp_path / "copy")
     labels = copy / "models/tiny/labels.txt"
@@ -56,15 +63,33 @@ def test_a_batch_beyond_the_engines_is_not_served(bundle):
         serve(bundle, http_port=0, grpc_port=0, max_batch=5)
 
 
+def one_request_waits(running, kind, pool):
+    """Sends a request to a server that waits for more of them; returns its future when it is in the queue."""
+    under_way = pool.submit(running.client(kind).infer, "tiny", inputs(kind, texts("bad")))
+    while b'nv_inference_pending_request_count{model="tiny",version="1"} 1' not in running.request("GET", "/metrics")[1]:
+        assert not under_way.done()
+    return under_way
+
+
 @pytest.mark.parametrize("kind", ["http", "grpc"])
 def test_sigterm_lets_requests_under_way_finish_and_exits_with_success(bundle, kind):
     with serving(bundle, batch_delay=2000) as running, ThreadPoolExecutor(1) as pool:
-        client = running.client(kind)
-        under_way = pool.submit(client.infer, "tiny", inputs(kind, texts("bad")))
-        while b'nv_inference_pending_request_count{model="tiny",version="1"} 1' not in running.request("GET", "/metrics")[1]:
-            assert not under_way.done()
+        under_way = one_request_waits(running, kind, pool)
         assert running.stop() == 0
         assert under_way.result().as_numpy("SCORES").shape == (1, 3)
         assert running.process.stderr.read() == ""
     with pytest.raises(ConnectionError):
         running.request("GET", "/v2/health/live")
+
+
+@pytest.mark.parametrize("kind", ["http", "grpc"])
+def test_a_second_sigterm_refuses_what_waits_and_exits_with_success(bundle, kind):
+    with serving(bundle, batch_delay=3_600_000) as running, ThreadPoolExecutor(1) as pool:
+        under_way = one_request_waits(running, kind, pool)
+        running.process.send_signal(signal.SIGTERM)
+        while not under_way.done():
+            running.process.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        assert "the server stops" in str(under_way.exception())
+        assert running.process.wait(30) == 0
+        assert running.process.stderr.read() == ""

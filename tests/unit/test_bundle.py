@@ -131,6 +131,7 @@ def test_another_format_is_refused(copy, version):
         (lambda manifest: manifest.update(max_batch=0), "max_batch: "),
         (lambda manifest: manifest.update(name="../tiny"), "name: "),
         (lambda manifest: manifest["engines"].clear(), "no 'onnxruntime'"),
+        (lambda manifest: manifest["engines"].update(os={"file": "golden.jsonl"}), "engines.os"),
     ],
 )
 def test_a_manifest_that_is_not_one_is_refused(copy, change, message):
