@@ -10,15 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.data.batches import EVALUATION_BATCH, batches_by_length
 from engine.tasks.classification import Classification, Example
-
-EVALUATION_BATCH = 64
-
-
-def batches_by_length(lengths: list[int], size: int) -> list[np.ndarray]:
-    """Cuts row numbers, sorted by length, into batches of at most `size`: least padding."""
-    order = np.argsort(np.asarray(lengths), kind="stable")
-    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 @torch.no_grad()

@@ -10,17 +10,22 @@ from tests.unit.models import WORDS, tiny_classifier, tiny_tokenizer
 
 
 def write_model(directory: Path, **shape) -> Path:
-    """A model directory with random weights: two labels, two layers, 64 positions."""
-    tiny_classifier(**shape).save_pretrained(directory)
+    """A model directory with random weights, large enough to learn from in a few steps: two labels, two layers, 64 positions."""
+    tiny_classifier(**{"initializer_range": 0.2, **shape}).save_pretrained(directory)
     tiny_tokenizer(directory).save_pretrained(directory)
     return directory
 
 
 def ragged_rows(count: int, seed: int = 0) -> list[dict]:
-    """Rows of 1 to 20 words; the label says whether `good` outnumbers `bad`."""
+    """Rows of 1 to 20 words, every third of which speaks for the label on average."""
     rng = np.random.default_rng(seed)
-    texts = [" ".join(rng.choice(WORDS, rng.integers(1, 21))) for _ in range(count)]
-    return [{"text": text, "label": int(text.split().count("good") >= text.split().count("bad"))} for text in texts]
+    opinions = (["bad", "dull", "cold"], ["good", "great", "warm"])
+    neutral = [word for word in WORDS if word not in (*opinions[0], *opinions[1])]
+    rows = []
+    for label in rng.integers(0, 2, count):
+        words = [rng.choice(opinions[label] if rng.random() < 1 / 3 else neutral) for _ in range(rng.integers(1, 21))]
+        rows.append({"text": " ".join(words), "label": int(label)})
+    return rows
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

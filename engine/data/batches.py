@@ -11,6 +11,8 @@ from engine.randomness import generator
 
 BUCKET_BATCHES = 50
 """Rows are sorted by length within windows of this many batches: little padding, still well mixed."""
+EVALUATION_BATCH = 64
+"""Rows per forward pass without gradients."""
 
 
 def accumulation_steps(batch_size: int, micro_batch_size: int | None, processes: int) -> tuple[int, int]:
@@ -26,6 +28,12 @@ def accumulation_steps(batch_size: int, micro_batch_size: int | None, processes:
             f"= {micro * processes}: change train.batch_size or train.micro_batch_size"
         )
     return micro, batch_size // (micro * processes)
+
+
+def batches_by_length(lengths: list[int], size: int) -> list[np.ndarray]:
+    """Cuts row numbers, sorted by length, into batches of at most `size`: least padding."""
+    order = np.argsort(np.asarray(lengths), kind="stable")
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 class BatchPlan:

@@ -63,7 +63,7 @@ def read_rows(source: SourceConfig, recipe: Recipe, columns: list[str], lines: i
         UserError: unreadable file, malformed line, missing or empty column; names file and line.
     """
     path = recipe.find_file(source.path)
-    kept = 0
+    kept = line = 0
     for line, row in parse_file(path, lines):
         if any(key not in row for key in source.where):
             missing = next(key for key in source.where if key not in row)
@@ -81,7 +81,7 @@ def read_rows(source: SourceConfig, recipe: Recipe, columns: list[str], lines: i
                 raise UserError(f"{path}:{line}: column '{column}' is empty in this row")
         kept += 1
         yield line, row
-    if kept == 0:
+    if kept == 0 and (lines is None or line < lines):
         raise UserError(
             f"{path}: no rows" + (f" where {source.where}" if source.where else "") + ": an empty data set cannot be used"
         )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.config import Fraction, Strict
+from engine.data.batches import EVALUATION_BATCH, batches_by_length
 from engine.errors import UserError
-from engine.evaluate import EVALUATION_BATCH, batches_by_length
 from export.engines import Engine
 
 if TYPE_CHECKING:

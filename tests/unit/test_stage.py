@@ -122,7 +122,7 @@ def test_a_damaged_record_is_named_with_the_way_out(make, text):
     stage = make()
     run(stage)
     (stage.directory / "stage.json").write_text(text)
-    with pytest.raises(UserError, match="remove .*first to run the stage again"):
+    with pytest.raises(UserError, match=r"remove .*first to run the stage again"):
         make().finished()
 
 

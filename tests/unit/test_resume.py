@@ -1,0 +1,245 @@
+"""A training that is interrupted anywhere and run again ends with the bits of one that was not."""
+
+import json
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine import checkpoint, loop
+from engine.config import load_recipe
+from engine.errors import PREEMPTED, UserError
+from engine.finetune import FinetuneConfig, run
+from engine.stage import Stage, read_stage
+from tests.recipes import finetune_section, train_section, write_recipe
+
+STEPS = 12
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the program handles it."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other make a tiny model slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    # Weights that score better at some evaluations and worse at others, with dropout.
+    train = train_section(steps=STEPS, learning_rate=3e-3, dropout=0.1, evaluate_every=1, checkpoint_every=2)
+    return write_recipe(tmp_path_factory.mktemp("resume"), {"teacher": {"finetune": finetune_section(train=train)}})
+
+
+def train(recipe, runs, *overrides):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    stage = Stage(load_recipe(recipe, list(overrides), runs), "teacher", FinetuneConfig)
+    run(stage)
+    return stage
+
+
+def weights(stage):
+    return load_file(stage.directory / "model.safetensors")
+
+
+def history(stage):
+    records = [json.loads(line) for line in (stage.directory / "history.jsonl").read_text().splitlines()]
+    timing = ("seconds", "tokens_per_second")
+    return [{key: value for key, value in record.items() if key not in timing} for record in records]
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    return train(recipe, tmp_path_factory.mktemp("whole"))
+
+
+def assert_same_end(stage, whole):
+    ours, theirs = weights(stage), weights(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert history(stage) == history(whole)
+    same = ("metrics", "steps", "best_step", "stopped", "parameters", "fingerprint")
+    assert {key: read_stage(stage.directory)[key] for key in same} == {key: read_stage(whole.directory)[key] for key in same}
+    assert not stage.partial.exists()
+
+
+def test_the_best_weights_change_and_are_not_the_last_ones(whole):
+    scores = [record["validation"]["accuracy"] for record in history(whole) if "validation" in record][1:]
+    best = [score for index, score in enumerate(scores) if score > max(scores[:index], default=0)]
+    assert len(best) >= 4
+    assert best[-1] > scores[-1]
+
+
+INSIDE = {
+    "a step": (loop.Trainer, "step"),
+    "an evaluation": (loop.Fit, "_evaluate"),
+    "the save of weights": (loop.Fit, "_keep_weights"),
+    "the save of a checkpoint": (checkpoint.Checkpoints, "save"),
+    "the publication of weights or checkpoint": (loop, "publish"),
+    "the publication of a checkpoint": (checkpoint, "publish"),
+    "the removal of old weights": (loop, "step_numbers"),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("call", [3, *(pytest.param(call, marks=pytest.mark.slow) for call in (1, 2, 4))])
+@pytest.mark.parametrize("place", INSIDE)
+def test_killed_anywhere_it_ends_bit_equal(recipe, whole, tmp_path, monkeypatch, place, call, when):
+    owner, name = INSIDE[place]
+    original, calls = getattr(owner, name), []
+
+    def killed(*arguments, **named):
+        calls.append(1)
+        if len(calls) == call and when == "before":
+            raise Killed
+        result = original(*arguments, **named)
+        if len(calls) == call:
+            raise Killed
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, killed)
+        with pytest.raises(Killed):
+            train(recipe, tmp_path)
+    assert_same_end(train(recipe, tmp_path), whole)
+
+
+def test_killed_before_the_finished_stage_is_renamed_into_place_it_ends_bit_equal(recipe, whole, tmp_path, monkeypatch):
+    from pathlib import Path
+
+    original = Path.rename
+
+    def killed(self, target):
+        if self.name == "output":
+            raise Killed
+        return original(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(Killed):
+            train(recipe, tmp_path)
+    assert_same_end(train(recipe, tmp_path), whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_its_weights(recipe, whole, tmp_path, monkeypatch, capsys):
+    stop_at(monkeypatch, 5)
+    with pytest.raises(Killed):
+        train(recipe, tmp_path)
+    monkeypatch.undo()
+    newest = sorted((tmp_path / "tiny/teacher.partial/checkpoints").glob("step-*"))[-1]
+    model = next(newest.glob("*.safetensors"))
+    model.write_bytes(model.read_bytes()[:-1] + b"\0")
+    stage = train(recipe, tmp_path)
+    assert f"checkpoint {newest.name} is damaged: passed over" in capsys.readouterr().out
+    assert_same_end(stage, whole)
+
+
+def test_a_torn_last_line_of_the_history_is_dropped(recipe, whole, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 3)
+    with pytest.raises(Killed):
+        train(recipe, tmp_path)
+    monkeypatch.undo()
+    with (tmp_path / "tiny/teacher.partial/history.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert_same_end(train(recipe, tmp_path), whole)
+
+
+def stop_at(monkeypatch, step, action=None):
+    original = loop.Trainer.step
+
+    def stepped(self, batch, number, *rest):
+        if number == step:
+            if action is None:
+                raise Killed
+            action()
+        return original(self, batch, number, *rest)
+
+    monkeypatch.setattr(loop.Trainer, "step", stepped)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_a_checkpoint_and_the_next_run_ends_bit_equal(recipe, whole, tmp_path, monkeypatch, number):
+    stop_at(monkeypatch, 2, lambda: signal.raise_signal(number))
+    with pytest.raises(SystemExit) as stop:
+        train(recipe, tmp_path)
+    assert stop.value.code == PREEMPTED
+    monkeypatch.undo()
+    stage = train(recipe, tmp_path)
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(stage).items())
+
+
+def test_a_signal_during_an_evaluation_stops_right_after_it(recipe, tmp_path, monkeypatch):
+    original = loop.Fit._evaluate
+
+    def evaluate(self):
+        if self.state.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        original(self)
+
+    monkeypatch.setattr(loop.Fit, "_evaluate", evaluate)
+    with pytest.raises(SystemExit):
+        train(recipe, tmp_path)
+    assert checkpoint.step_numbers(tmp_path / "tiny/teacher.partial/checkpoints")[-1] == 3
+
+
+def test_handlers_are_given_back(recipe, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    train(recipe, tmp_path, "teacher.train.steps=1")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_early_stopping_counts_on_after_a_resume(recipe, tmp_path, monkeypatch):
+    overrides = ["teacher.train.steps=30", "teacher.train.early_stopping={patience: 3}"]
+    whole = train(recipe, tmp_path / "whole", *overrides)
+    record = read_stage(whole.directory)
+    assert record["stopped"].startswith(f"early stopping at step {record['best_step'] + 3}")
+    stop_at(monkeypatch, record["best_step"] + 2)
+    with pytest.raises(Killed):
+        train(recipe, tmp_path / "parts", *overrides)
+    monkeypatch.undo()
+    assert_same_end(train(recipe, tmp_path / "parts", *overrides), whole)
+
+
+def test_early_stopping_is_not_undone_when_the_run_is_killed_after_it(recipe, tmp_path, monkeypatch):
+    overrides = ["teacher.train.steps=30", "teacher.train.early_stopping={patience: 3}"]
+    with monkeypatch.context() as patched:
+        patched.setattr("engine.finetune.hand_over", lambda *arguments: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            train(recipe, tmp_path, *overrides)
+    record = read_stage(train(recipe, tmp_path, *overrides).directory)
+    assert record["steps"] == record["best_step"] + 3
+
+
+def test_the_last_weights_are_kept_where_the_recipe_wants_them(recipe, whole, tmp_path):
+    stage = train(recipe, tmp_path, "teacher.train.keep=last")
+    assert any(not torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(stage).items())
+    final = [record for record in history(stage) if "validation" in record][-1]["validation"]["accuracy"]
+    assert read_stage(stage.directory)["metrics"]["validation"]["accuracy"] == final
+
+
+def test_weights_that_are_not_finite_are_neither_kept_nor_checkpointed(recipe, tmp_path):
+    with pytest.raises(UserError, match=r"is not finite at step \d: lower train.learning_rate or raise train.warmup"):
+        train(recipe, tmp_path, "teacher.train.learning_rate=1e38", "teacher.train.evaluate_every=1")
+    for path in (tmp_path / "tiny/teacher.partial").rglob("model*.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values()), path
+
+
+def test_another_number_of_processes_cannot_go_on_and_says_so(recipe, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 3)
+    with pytest.raises(Killed):
+        train(recipe, tmp_path)
+    monkeypatch.undo()
+    for path in (tmp_path / "tiny/teacher.partial/checkpoints").glob("step-*"):
+        state = json.loads((path / "state.json").read_text())
+        (path / "state.json").write_text(json.dumps({**state, "processes": 2}))
+        (path / "manifest.json").write_text(json.dumps(checkpoint.hash_directory(path, skip=("manifest.json",))))
+    with pytest.raises(UserError, match="made by 2 processes and this run has 1: run with processes=2, or add --restart"):
+        train(recipe, tmp_path)
