@@ -117,7 +117,9 @@ def lineage(directory: Path) -> dict[Path, dict[str, Any]]:
         record = None if current in found else read_stage(current)
         if record is not None:
             found[current] = record
-            waiting += [current.parent / entry["reference"] for entry in record["inputs"].values()]
+            # A stage is named by its bare name; anything with a slash is a path, a hub id or a file of a package.
+            names = (entry["reference"] for entry in record["inputs"].values())
+            waiting += [current.parent / name for name in names if "/" not in name]
     return found
 
 

@@ -69,8 +69,17 @@ def export_onnx(model: Any, inputs: list[str]) -> onnx.ModelProto:
     model.train(training)
     assert program is not None
     proto = program.model_proto
+    _forget_origin(proto)
     onnx.checker.check_model(proto)
     return proto
+
+
+def _forget_origin(model: onnx.ModelProto) -> None:
+    """Removes what the tracer notes down about its sources: stack traces with the paths of this machine."""
+    graph = model.graph
+    for part in [model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer]:
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
 
 
 class _quiet:  # noqa: N801 - reads as a statement

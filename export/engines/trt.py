@@ -48,7 +48,9 @@ def tensorrt_module(backend: str) -> Any:
         module = importlib.import_module(backend)
         module.Builder  # noqa: B018 - the stub distribution imports but has nothing in it
     except (ImportError, OSError, AttributeError):
-        raise UserError(f"backend {backend} needs the package {PACKAGES[backend]}: pip install {PACKAGES[backend]}") from None
+        raise UserError(
+            f"backend {backend} needs the package {PACKAGES.get(backend, backend)}: pip install {PACKAGES.get(backend, backend)}"
+        ) from None
     return module
 
 
@@ -152,7 +154,7 @@ class TrtEngine:
         import torch
 
         with torch.cuda.stream(self.stream):
-            tensors = {name: torch.from_numpy(arrays[name]).cuda() for name in self.inputs}
+            tensors = {name: torch.tensor(arrays[name], device="cuda") for name in self.inputs}
             for name, tensor in tensors.items():
                 self.context.set_input_shape(name, tuple(tensor.shape))
                 self.context.set_tensor_address(name, tensor.data_ptr())

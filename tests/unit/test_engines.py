@@ -1,0 +1,191 @@
+"""ONNX graphs, int8 form, ONNX Runtime engine, parity gates, latency measurement."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+
+from engine.errors import UserError
+from engine.models.structure import shrink
+from engine.tasks import ClassificationConfig
+from engine.tasks.classification import Classification
+from export.benchmark import Candidate, measure, summary
+from export.compress.quantize import activation_ranges, quantize_embeddings, quantize_matmuls, tensorrt_form
+from export.engines.graph import export_onnx, initializers, merge_projections, weight_bytes, weight_matmuls
+from export.engines.ort import OrtEngine
+from export.engines.parity import ParityGates, check_parity, engine_logits
+from tests.recipes import ragged_rows
+from tests.unit.models import tiny_classifier, tiny_tokenizer
+
+INPUTS = ["input_ids", "attention_mask", "token_type_ids"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    built = tiny_classifier(initializer_range=0.2)
+    shrink(built, [[0, 2, 3], [1, 2]], [range(40), range(30)])
+    return built
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return Classification(
+        ClassificationConfig(type="classification"), ["0", "1"], tiny_tokenizer(tmp_path_factory.mktemp("t")), 48
+    )
+
+
+@pytest.fixture(scope="module")
+def examples(task):
+    return task.encode([{**row, "label": str(row["label"])} for row in ragged_rows(64)])
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return export_onnx(model, INPUTS)
+
+
+@pytest.fixture(scope="module")
+def merged(plain):
+    copy = onnx.ModelProto()
+    copy.CopyFrom(plain)
+    assert merge_projections(copy) == 2
+    return copy
+
+
+@pytest.fixture(scope="module")
+def quantized(merged, task, examples):
+    copy = onnx.ModelProto()
+    copy.CopyFrom(merged)
+    quantize_matmuls(copy, activation_ranges(copy, task, examples))
+    quantize_embeddings(copy)
+    onnx.checker.check_model(copy)
+    return copy
+
+
+def torch_logits(model, task, examples):
+    with torch.no_grad():
+        return np.concatenate([task.logits(model, task.collate([example])).numpy() for example in examples])
+
+
+def run(proto, task, examples, **options):
+    return engine_logits(OrtEngine(proto.SerializeToString(), 1), task, examples, **{"batch": 1, **options})
+
+
+@pytest.mark.parametrize("options", [{"batch": 1}, {"batch": 7}, {"batch": 64}, {"batch": 3, "length": 48}])
+def test_the_graph_gives_the_models_logits_for_every_batch_length_and_padding(plain, model, task, examples, options):
+    np.testing.assert_allclose(run(plain, task, examples, **options), torch_logits(model, task, examples), atol=2e-5)
+
+
+def test_merging_query_key_and_value_changes_the_nodes_but_not_the_logits(plain, merged, task, examples):
+    np.testing.assert_allclose(run(merged, task, examples), run(plain, task, examples), atol=1e-5)
+    assert len(weight_matmuls(plain)) - len(weight_matmuls(merged)) == 4
+
+
+def test_an_exported_graph_tells_nothing_about_the_machine_that_made_it(plain):
+    assert b"/" + b"site-packages" not in plain.SerializeToString()
+    assert not any(node.metadata_props for node in plain.graph.node)
+
+
+def test_both_inputs_of_every_weight_product_are_int8_and_no_pair_is_shared(merged, quantized):
+    maker = {name: node for node in quantized.graph.node for name in node.output}
+    readers = [name for node in quantized.graph.node for name in node.input]
+    constants = initializers(quantized)
+    products = [n for n in quantized.graph.node if n.op_type == "MatMul" and n.input[1] in maker]
+    products = [n for n in products if maker[n.input[1]].op_type == "DequantizeLinear"]
+    assert len(products) == len(weight_matmuls(merged)) == 8
+    for product in products:
+        left, right = (maker[name] for name in product.input)
+        assert left.op_type == right.op_type == "DequantizeLinear"
+        assert constants[right.input[0]].data_type == TensorProto.INT8
+        assert len(constants[right.input[1]].dims) == 1, "one scale per output channel"
+        pair = maker[left.input[0]]
+        assert pair.op_type == "QuantizeLinear" and list(pair.input[1:]) == list(left.input[1:])
+        assert readers.count(pair.output[0]) == readers.count(left.output[0]) == 1
+        for zero_point in (left.input[2], right.input[2]):
+            assert not onnx.numpy_helper.to_array(constants[zero_point]).any(), "symmetric"
+    assert not weight_matmuls(quantized)
+
+
+def test_onnx_runtime_fuses_every_quantized_product(quantized, tmp_path):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(quantized.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("MatMulIntegerToFloat") == 8
+    assert "DequantizeLinear" not in kinds
+
+
+def test_int8_stays_close_to_the_float_model_and_is_a_quarter_of_its_size(merged, quantized, task, examples):
+    full, small = run(merged, task, examples), run(quantized, task, examples)
+    assert (full.argmax(1) == small.argmax(1)).mean() > 0.95
+    assert np.abs(full - small).max() < 0.1 * np.ptp(full)
+    assert weight_bytes(quantized) < 0.45 * weight_bytes(merged)  # biases and normalization weigh much in a tiny model
+
+
+def test_weights_are_rounded_by_at_most_half_a_step_per_channel(merged, quantized):
+    constants = initializers(quantized)
+    for node, weight in weight_matmuls(merged):
+        values, scale = (onnx.numpy_helper.to_array(constants[f"{node.input[1]}_{kind}"]) for kind in ("int8", "scale"))
+        assert np.abs(values * scale - weight).max(axis=0) == pytest.approx(0, abs=float(scale.max() / 2) + 1e-7)
+        assert (np.abs(values).max(axis=0) == 127).all(), "the whole range is used"
+
+
+def test_the_form_for_tensorrt_computes_the_same(quantized, task, examples):
+    changed = tensorrt_form(quantized)
+    onnx.checker.check_model(changed)
+    np.testing.assert_allclose(run(changed, task, examples), run(quantized, task, examples), atol=1e-6)
+    gathers = [node for node in changed.graph.node if node.op_type == "Gather"]
+    assert not any(initializers(changed).get(n.input[0], onnx.TensorProto()).data_type == TensorProto.INT8 for n in gathers)
+
+
+def test_calibration_sees_the_largest_activation_of_all_rows(merged, task, examples):
+    some, more = (activation_ranges(merged, task, examples[:count]) for count in (2, 64))
+    assert some.keys() == {node.input[0] for node, _ in weight_matmuls(merged)}
+    assert all(more[name] >= some[name] > 0 for name in some)
+
+
+def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"not a model")
+    with pytest.raises(UserError, match=r"model\.onnx cannot be loaded by ONNX Runtime"):
+        OrtEngine(tmp_path / "model.onnx")
+
+
+class Moved:
+    """An engine whose logits move when a call has several rows, or the largest number of tokens."""
+
+    inputs = INPUTS
+
+    def __init__(self, engine, rows=0.0, tokens=0.0):
+        self.engine, self.rows, self.tokens = engine, rows, tokens
+
+    def run(self, arrays):
+        rows, tokens = arrays["input_ids"].shape
+        return self.engine.run(arrays) + np.float32([0, self.rows * (rows > 1) + self.tokens * tokens])
+
+
+def test_the_gates_let_a_faithful_engine_pass_and_stop_the_others(quantized, model, task, examples):
+    engine = OrtEngine(quantized.SerializeToString(), 1)
+    reference = torch_logits(model, task, examples)
+    found = check_parity(engine, task, examples, reference, ParityGates(agreement=0.9))
+    assert found["batch_difference"] < 1e-4 and found["padding_difference"] < 1e-4 and found["rows"] == 64
+    with pytest.raises(UserError, match="depend on batch"):
+        check_parity(Moved(engine, rows=0.1), task, examples, reference, ParityGates(agreement=0))
+    with pytest.raises(UserError, match="depend on padding"):
+        check_parity(Moved(engine, tokens=0.1), task, examples, reference, ParityGates(agreement=0))
+    with pytest.raises(UserError, match=r"only .*% of 64 rows"):
+        check_parity(engine, task, examples, -reference, ParityGates())
+
+
+def test_candidates_run_the_same_inputs_in_turn_and_everyone_goes_first_once():
+    calls = []
+    candidates = [Candidate(name, name, "", "", lambda arrays, name=name: calls.append((name, arrays["x"]))) for name in "ab"]
+    times = measure(candidates, [{"x": number} for number in range(3)], rounds=2)
+    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
+    by_name = {name: [x for who, x in calls if who == name] for name in "ab"}
+    assert by_name["a"] == by_name["b"]
+    assert calls[0][0] == "a" and calls[len(calls) // 2][0] == "b"
+    assert summary(np.asarray([1.0, 2.0, 3.0]))["median_ms"] == 2.0

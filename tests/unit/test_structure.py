@@ -1,0 +1,122 @@
+"""Pruned structures: what leaves the model leaves nothing behind, and what stays is saved and loaded like any model."""
+
+import numpy as np
+import pytest
+import torch
+
+from engine.errors import UserError
+from engine.models import STRUCTURE_KEY, load_model, size_of
+from engine.models.structure import encoder_layers, shrink
+from engine.tasks import ClassificationConfig
+from engine.tasks.classification import Classification
+from export.compress.distill import keep_layers
+from export.compress.prune import PruneConfig, importance, strongest
+from tests.recipes import finetune_section, ragged_rows, run_here, write_model, write_recipe
+from tests.unit.models import tiny_classifier, tiny_tokenizer
+
+IDS = torch.tensor([[2, 10, 11, 12, 3], [2, 20, 21, 3, 0]])
+MASK = (IDS != 0).long()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=MASK).logits
+
+
+def test_shrinking_equals_silencing_the_outputs_of_what_was_removed():
+    silenced, shrunk = tiny_classifier(), tiny_classifier()
+    heads, neurons = [[0, 3], [1, 2]], [[1, 5, 9], [60, 61, 63]]
+    for layer, kept_heads, kept_neurons in zip(encoder_layers(silenced), heads, neurons, strict=True):
+        with torch.no_grad():
+            columns = layer.attention_output.dense.weight.unflatten(1, (4, 8))
+            columns[:, [head for head in range(4) if head not in kept_heads]] = 0
+            layer.down.dense.weight[:, [n for n in range(64) if n not in kept_neurons]] = 0
+    shrink(shrunk, heads, neurons)
+    torch.testing.assert_close(logits(shrunk), logits(silenced))
+    assert size_of(shrunk)["parameters"] < size_of(silenced)["parameters"]
+    assert encoder_layers(shrunk)[0].attention.query.weight.shape == (16, 32)
+    assert encoder_layers(shrunk)[1].up.dense.weight.shape == (3, 32)
+
+
+def test_a_shrunk_model_survives_saving_and_loading_and_shrinks_again(tmp_path):
+    model = tiny_classifier()
+    shrink(model, [[0, 2], [1, 3]], [range(10), range(20, 30)])
+    model.save_pretrained(tmp_path / "once")
+    loaded = load_model(tmp_path / "once", "classification")
+    assert torch.equal(logits(loaded.eval()), logits(model))
+    shrink(loaded, [[1], [0]], [range(5), range(5)])
+    loaded.save_pretrained(tmp_path / "twice")
+    assert torch.equal(logits(load_model(tmp_path / "twice", "classification").eval()), logits(loaded))
+
+
+def test_layers_of_a_shrunk_model_can_be_dropped(tmp_path):
+    model = tiny_classifier()
+    shrink(model, [[0, 2], [1]], [range(10), range(7)])
+    keep_layers(model, [1])
+    assert getattr(model.config, STRUCTURE_KEY) == {"heads": [1], "neurons": [7]}
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_model(tmp_path, "classification").eval()), logits(model))
+
+
+def test_weights_that_do_not_fit_the_structure_are_refused(tmp_path):
+    model = tiny_classifier()
+    shrink(model, [[0], [0]], [range(4), range(4)])
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace(STRUCTURE_KEY, "something_else"))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(tmp_path, "classification")
+
+
+def test_a_head_and_a_neuron_without_effect_are_the_least_important(tmp_path):
+    task = Classification(ClassificationConfig(type="classification"), ["0", "1"], tiny_tokenizer(tmp_path), 16)
+    model = tiny_classifier(initializer_range=0.2)
+    with torch.no_grad():
+        for layer in encoder_layers(model):
+            layer.attention_output.dense.weight[:, 8:16] = 0  # head 1
+            layer.down.dense.weight[:, 17] = 0
+    examples = task.encode([{**row, "label": str(row["label"])} for row in ragged_rows(50)])
+    heads, neurons = importance(model, task, examples)
+    assert (heads.argmin(dim=1) == 1).all() and (heads[:, 1] == 0).all()
+    assert (neurons[:, 17] == 0).all() and (neurons.sum(dim=1) > 0).all()
+    assert all(1 not in kept for kept in strongest(heads, 3, "heads"))
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_importance_is_the_first_order_change_of_the_loss(tmp_path):
+    task = Classification(ClassificationConfig(type="classification"), ["0", "1"], tiny_tokenizer(tmp_path), 16)
+    model = tiny_classifier(initializer_range=0.2)
+    examples = task.encode([{"text": "a good film", "label": "1"}])
+    _, neurons = importance(model, task, examples)
+    batch, step = task.collate(examples), 1e-3
+    layer = encoder_layers(model)[1]
+    chosen = int(neurons[1].argmax())
+    with torch.no_grad():
+        before, _ = task.loss(model, batch)
+        layer.down.dense.weight[:, chosen] *= 1 - step
+        after, _ = task.loss(model, batch)
+    assert float(neurons[1, chosen]) == pytest.approx(abs(float(after - before)) / step, rel=0.05)
+
+
+def test_more_heads_than_there_are_is_refused():
+    with pytest.raises(UserError, match="heads=5: the model has only 4"):
+        strongest(torch.ones(2, 4), 5, "heads")
+
+
+def test_pruning_nothing_is_refused():
+    with pytest.raises(ValueError, match="give heads, neurons or both"):
+        PruneConfig.model_validate({"model": "m", "task": {"type": "classification"}, "data": {"train": "rows.jsonl"}})
+
+
+def test_the_prune_stage_hands_on_a_smaller_model_with_its_scores(tmp_path):
+    write_model(tmp_path / "model", id2label={0: "0", 1: "1"}, label2id={"0": 0, "1": 1})
+    teacher = finetune_section()
+    section = {"model": "model", "heads": 2, "neurons": 16, "max_length": 32, "examples": 16}
+    recipe = write_recipe(tmp_path, {"slim": {"prune": {**section, "task": teacher["task"], "data": teacher["data"]}}})
+    stage = run_here(recipe, "slim", tmp_path / "runs")
+    record = (stage.directory / "stage.json").read_text()
+    assert '"test"' in record and '"kept"' in record
+    layers = encoder_layers(load_model(stage.directory, "classification"))
+    assert [(layer.heads, layer.neurons) for layer in layers] == [(2, 16), (2, 16)]
+    assert len((stage.directory / "predictions.jsonl").read_text().splitlines()) > 0
+    assert np.isfinite(size_of(load_model(stage.directory, "classification"))["weight_bytes"])

@@ -1,0 +1,100 @@
+"""The TensorRT builder. `tensorrt_rtx` builds without a GPU; running an engine needs one."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper
+
+from engine.errors import UserError
+from export.compress.quantize import activation_ranges, quantize_embeddings, quantize_matmuls, tensorrt_form
+from export.engines.graph import export_onnx, merge_projections
+from export.engines.ort import OrtEngine
+from export.engines.parity import engine_logits
+from export.engines.trt import Profile, TrtEngine, build_engine, parse_network, quantized_matmuls, tensorrt_module
+from tests.unit.models import tiny_classifier
+from tests.unit.test_engines import INPUTS, examples, task  # noqa: F401 - fixtures
+
+pytest.importorskip("tensorrt_rtx", reason="the extra `rtx` is not installed")
+PROFILE = Profile(4, 8, 16, 48)
+
+
+@pytest.fixture(scope="module")
+def quantized(task, examples):  # noqa: F811
+    graph = export_onnx(tiny_classifier(initializer_range=0.2), INPUTS)
+    merge_projections(graph)
+    quantize_matmuls(graph, activation_ranges(graph, task, examples))
+    quantize_embeddings(graph)
+    return graph
+
+
+def parse(graph):
+    trt = tensorrt_module("tensorrt_rtx")
+    return trt, parse_network(trt, graph.SerializeToString())
+
+
+def test_the_int8_graph_builds_and_every_weight_product_reads_two_int8_inputs(quantized):
+    trt, parsed = parse(tensorrt_form(quantized))
+    both, one = quantized_matmuls(trt, parsed.network)
+    assert len(both) == 8 and not one
+    assert len(build_engine(trt, parsed, PROFILE, positions=64)) > 10_000
+
+
+def test_a_float_graph_builds_too_and_has_no_quantized_product():
+    trt, parsed = parse(export_onnx(tiny_classifier(), INPUTS))
+    assert quantized_matmuls(trt, parsed.network) == ([], [])
+    assert build_engine(trt, parsed, PROFILE)
+
+
+def test_the_walk_finds_a_product_that_lost_the_pair_on_one_side(quantized):
+    graph = tensorrt_form(quantized)
+    maker = {name: node for node in graph.graph.node for name in node.output}
+    product = next(n for n in graph.graph.node if n.op_type == "MatMul" and "quantize" in maker[n.input[0]].name)
+    product.input[0] = maker[maker[product.input[0]].input[0]].input[0]
+    trt, parsed = parse(graph)
+    both, one = quantized_matmuls(trt, parsed.network)
+    assert len(both) == 7 and len(one) == 1
+
+
+def test_a_profile_beyond_the_models_positions_is_refused(quantized):
+    trt, parsed = parse(tensorrt_form(quantized))
+    with pytest.raises(UserError, match="max_length=48 is above the model's 32 positions"):
+        build_engine(trt, parsed, PROFILE, positions=32)
+
+
+def test_a_graph_that_the_parser_refuses_is_one_line():
+    value = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    graph = helper.make_graph([helper.make_node("NoSuchOperator", ["x"], ["y"])], "g", [value], [value])
+    with pytest.raises(UserError, match="cannot parse the ONNX model"):
+        parse(helper.make_model(graph))
+
+
+def test_a_missing_package_is_named_with_its_installation():
+    with pytest.raises(UserError, match="pip install"):
+        tensorrt_module("tensorrt_that_is_not_there")
+
+
+def test_the_profile_is_tuned_for_the_measured_lengths():
+    profile = Profile.of_lengths(np.asarray([10] * 89 + [50] * 11), max_batch=32, max_length=128)
+    assert profile.shapes() == [(1, 1), (8, 56), (32, 128)]
+    assert Profile.of_lengths(np.asarray([100]), 1, 64).shapes() == [(1, 1), (1, 64), (1, 64)]
+
+
+def test_an_engine_without_a_gpu_is_refused_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="runs on an NVIDIA GPU and there is none"):
+        TrtEngine(tmp_path / "model.engine", "tensorrt_rtx")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx"])
+def test_the_compiled_engine_agrees_with_onnx_runtime(quantized, task, examples, backend, tmp_path):  # noqa: F811
+    pytest.importorskip(backend)
+    trt = tensorrt_module(backend)
+    parsed = parse_network(trt, tensorrt_form(quantized).SerializeToString())
+    (tmp_path / "model.engine").write_bytes(build_engine(trt, parsed, PROFILE, positions=64))
+    compiled = engine_logits(TrtEngine(tmp_path / "model.engine", backend), task, examples, 8)
+    expected = engine_logits(OrtEngine(quantized.SerializeToString(), 1), task, examples, 8)
+    assert (compiled.argmax(1) == expected.argmax(1)).mean() >= 0.95
+    np.testing.assert_allclose(compiled, expected, atol=0.1 * np.ptp(expected))
