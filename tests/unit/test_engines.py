@@ -164,7 +164,7 @@ class Moved:
 
     def run(self, arrays):
         rows, tokens = arrays["input_ids"].shape
-        return self.engine.run(arrays) + np.float32([0, self.rows * (rows > 1) + self.tokens * tokens])
+        return self.engine.run(arrays) + np.float32([0, self.rows * (rows > 1) + self.tokens * (tokens == 48)])
 
 
 def test_the_gates_let_a_faithful_engine_pass_and_stop_the_others(quantized, model, task, examples):
