@@ -197,7 +197,14 @@ class Trainer:
         """Returns the consolidated weights on the main rank's CPU memory; every rank must call it."""
         # ZeRO-3 gives None to all ranks but the main one.
         state = self.processes.accelerator.get_state_dict(self.engine) or {}
-        return {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        # ZeRO hands out a copy for every name of a tied weight: tie them again, so that they are saved once.
+        first: dict[int, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            source = first.setdefault(id(parameter), name)
+            if name in weights:
+                weights[name] = weights[source]
+        return weights
 
     def save_shards(self, directory: Path) -> None:
         """Saves weights and optimizer state as this world's shards; every rank must call it."""

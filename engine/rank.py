@@ -6,6 +6,7 @@ when the process starts and again when it ends; a record that never got its end 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -22,6 +23,8 @@ from engine.errors import PREEMPTED, USER_ERROR, UserError, disk_full
 
 ERROR_DIRECTORY = "BOTHWAYS_ERROR_DIRECTORY"
 """Environment variable: where the ranks of a stage leave their records."""
+RECORD_BYTES = 2**16
+"""Size of a record from its beginning on: its end can still be written when the disk has filled up meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,11 @@ class Record:
 
 
 def read_records(directory: Path) -> list[Record]:
-    """Returns the records of all ranks that started, in rank order."""
-    records = [Record(**json.loads(path.read_text())) for path in directory.glob("rank*.json")]
+    """Returns the records of all ranks that started, in rank order; one that is just being written is left out."""
+    records = []
+    for path in directory.glob("rank*.json"):
+        with contextlib.suppress(ValueError):
+            records.append(Record(**json.loads(path.read_text())))
     return sorted(records, key=lambda record: record.rank)
 
 
@@ -55,10 +61,17 @@ def die_with_parent() -> None:
 
 def _write(record: Record) -> None:
     directory = os.environ.get(ERROR_DIRECTORY)
-    if directory:
-        path = Path(directory, f"rank{record.rank}.json")
+    if directory is None:
+        return
+    path = Path(directory, f"rank{record.rank}.json")
+    # The end of a message tells more than its beginning; escapes make a character up to 12 bytes long.
+    data = json.dumps(asdict(replace(record, message=record.message[-RECORD_BYTES // 16 :]))).encode().ljust(RECORD_BYTES)
+    if path.exists():
+        with path.open("r+b", buffering=0) as file:
+            file.write(data)
+    else:
         part = path.with_suffix(".tmp")
-        part.write_text(json.dumps(asdict(record)))
+        part.write_bytes(data)
         part.rename(path)
 
 

@@ -1,16 +1,24 @@
 """Tiny recipes with real models and data, made on the spot: a training run takes seconds."""
 
+import importlib
 import json
 from pathlib import Path
 
 import numpy as np
 import yaml
+from safetensors.torch import load_file
 
+from engine.config import load_recipe
+from engine.stage import Stage
+from launch.recipe import KINDS
 from tests.unit.models import WORDS, tiny_classifier, tiny_tokenizer
 
 
 def write_model(directory: Path, **shape) -> Path:
     """A model directory with random weights, large enough to learn from in a few steps: two labels, two layers, 64 positions."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     tiny_classifier(**{"initializer_range": 0.2, **shape}).save_pretrained(directory)
     tiny_tokenizer(directory).save_pretrained(directory)
     return directory
@@ -78,3 +86,32 @@ def write_recipe(directory: Path, stages: dict | None = None, name: str = "tiny"
     stages = stages or {"teacher": {"finetune": finetune_section()}}
     path.write_text(yaml.safe_dump({"name": name, "stages": stages}, sort_keys=False))
     return path
+
+
+def run_here(recipe: Path, name: str, runs: Path, *overrides: str) -> Stage:
+    """Runs one stage in this process, on one thread: threads that wait for each other are slow on a busy machine."""
+    import torch
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    loaded = load_recipe(recipe, list(overrides), runs)
+    kind = KINDS[loaded.stages[name][0]]
+    stage = Stage(loaded, name, kind.config)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        importlib.import_module(kind.module).run(stage)
+    finally:
+        torch.set_num_threads(threads)
+    return stage
+
+
+def read_weights(directory: Path) -> dict:
+    return load_file(directory / "model.safetensors")
+
+
+def read_history(directory: Path) -> list[dict]:
+    """The records of history.jsonl without what a clock measured."""
+    records = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+    timing = ("seconds", "tokens_per_second")
+    return [{key: value for key, value in record.items() if key not in timing} for record in records]

@@ -8,26 +8,15 @@ import torch
 from safetensors.torch import load_file
 
 from engine import checkpoint, loop
-from engine.config import load_recipe
 from engine.errors import PREEMPTED, UserError
-from engine.finetune import FinetuneConfig, run
-from engine.stage import Stage, read_stage
-from tests.recipes import finetune_section, train_section, write_recipe
+from engine.stage import read_stage
+from tests.recipes import finetune_section, read_history, read_weights, run_here, train_section, write_recipe
 
 STEPS = 12
 
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing in the program handles it."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other make a tiny model slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +27,15 @@ def recipe(tmp_path_factory):
 
 
 def train(recipe, runs, *overrides):
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    stage = Stage(load_recipe(recipe, list(overrides), runs), "teacher", FinetuneConfig)
-    run(stage)
-    return stage
+    return run_here(recipe, "teacher", runs, *overrides)
 
 
 def weights(stage):
-    return load_file(stage.directory / "model.safetensors")
+    return read_weights(stage.directory)
 
 
 def history(stage):
-    records = [json.loads(line) for line in (stage.directory / "history.jsonl").read_text().splitlines()]
-    timing = ("seconds", "tokens_per_second")
-    return [{key: value for key, value in record.items() if key not in timing} for record in records]
+    return read_history(stage.directory)
 
 
 @pytest.fixture(scope="module")

@@ -234,6 +234,19 @@ def test_a_rank_without_an_end_was_killed(records):
     assert seen == [None]
 
 
+def test_the_end_of_a_rank_takes_no_more_space_than_its_beginning(records):
+    sizes = []
+
+    def work():
+        sizes.append((records / "rank1.json").stat().st_size)
+        raise ValueError("\N{SNOWMAN}" * 100_000)
+
+    with pytest.raises(SystemExit):
+        rank.run_rank(work, "runs")
+    assert (records / "rank1.json").stat().st_size == sizes[0]
+    assert rank.read_records(records)[0].message.endswith("\N{SNOWMAN}\n")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_before_there_is_anything_to_save_ends_the_process_at_once(records, number):
     with pytest.raises(SystemExit) as stop:
