@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from engine.config import ModelRef, Strict
+from engine.data.sources import Row
 from engine.data.splits import DataConfig, load_splits
 from engine.stage import Stage, lineage, stage_main
 from engine.tasks import ClassificationConfig
@@ -132,7 +133,9 @@ def candidates_of(stage: Stage[ExportConfig], path: Path | str, engine: Candidat
     return found
 
 
-def run_benchmark(stage: Stage[ExportConfig], candidates: list[Candidate], inputs: list[Arrays]) -> tuple[dict[str, Any], dict]:
+def run_benchmark(
+    stage: Stage[ExportConfig], candidates: list[Candidate], inputs: list[Arrays]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measures all candidates side by side.
 
     Returns:
@@ -162,18 +165,43 @@ def run_benchmark(stage: Stage[ExportConfig], candidates: list[Candidate], input
     return {"threads": config.threads, "inputs": len(inputs), "rounds": config.rounds, "engines": engines}, speedups
 
 
-def accuracy_drop(task: Classification, baseline: Path, examples: list[Example], logits_NC: np.ndarray) -> dict[str, float]:
-    """Returns the accuracy that the engine loses against the baseline in points, with its paired interval."""
+def compare(
+    config: ExportConfig, baseline: Path, task: Classification, examples: list[Example], logits_NC: np.ndarray, size: int
+) -> dict[str, Any]:
+    """Returns what the engine loses and saves against the baseline: accuracy in points with its paired interval, weight bytes.
+
+    Args:
+        logits_NC: of the engine for `examples`.
+        size: bytes of the engine's weights.
+    """
     import numpy as np
 
     from engine.evaluate import evaluate_classifier
     from engine.intervals import paired_bootstrap_drop
-    from engine.models import load_model
+    from engine.models import load_model, size_of
 
     labels_N = np.asarray([example["label"] for example in examples])
-    _, baseline_NC = evaluate_classifier(load_model(baseline, "classification"), task, examples)
+    model = load_model(baseline, "classification")
+    _, baseline_NC = evaluate_classifier(model, task, examples)
     drop = paired_bootstrap_drop(baseline_NC.argmax(1) == labels_N, logits_NC.argmax(1) == labels_N)
-    return {**drop._asdict(), "n": len(examples)}
+    return {
+        "baseline": config.baseline,
+        "accuracy_drop_points": {**drop._asdict(), "n": len(examples)},
+        "weight_bytes_ratio": size / size_of(model)["weight_bytes"],
+    }
+
+
+def golden_rows(config: ClassificationConfig, rows: list[Row], examples: list[Example], reference_NC: np.ndarray) -> list[Row]:
+    """Returns GOLDEN rows spread evenly over the lengths, shortest and longest included, with the float model's logits."""
+    import numpy as np
+
+    order = np.argsort([len(example["input_ids"]) for example in examples], kind="stable")
+    chosen = order[np.linspace(0, len(order) - 1, min(GOLDEN, len(order))).astype(int)]
+    columns = {"text": config.text, **({"text_pair": config.text_pair} if config.text_pair else {})}
+    return [
+        {**{key: str(rows[row][column]) for key, column in columns.items()}, "reference": reference_NC[row].tolist()}
+        for row in chosen
+    ]
 
 
 def run(stage: Stage[ExportConfig]) -> None:
@@ -203,13 +231,9 @@ def run(stage: Stage[ExportConfig]) -> None:
     stage.begin()
     work = stage.partial / "engines"
     work.mkdir(exist_ok=True)
-    lengths = np.asarray([len(example["input_ids"]) for example in data.examples["train"]])
-    engines = build_engines(config, source, lengths, work)
+    engines = build_engines(config, source, np.asarray([len(e["input_ids"]) for e in data.examples["train"]]), work)
     engine = OrtEngine(engines["onnxruntime"], config.threads)
-
     reference = load_model(source.reference, "classification", attention="eager")
-    order = np.argsort([len(example["input_ids"]) for example in examples], kind="stable")
-    golden = order[np.linspace(0, len(order) - 1, min(GOLDEN, len(order))).astype(int)]
     _, reference_NC = evaluate_classifier(reference, task, examples)
     parity = check_parity(engine, task, examples, reference_NC, config.gates)
     metrics = data.judge(lambda examples: evaluate_engine(engine, task, examples), stage.output)
@@ -221,14 +245,7 @@ def run(stage: Stage[ExportConfig]) -> None:
     if config.baseline is not None:
         baseline = Path(stage.recipe.find_model(config.baseline))
         _, logits_NC = evaluate_engine(engine, task, examples)
-        full = size_of(load_model(baseline, "classification"))["weight_bytes"]
-        comparison = {
-            "baseline": config.baseline,
-            "accuracy_drop_points": accuracy_drop(task, baseline, examples, logits_NC),
-            **comparison,
-            "weight_bytes_ratio": size / full,
-        }
-    texts = [(column, key) for column, key in ((config.task.text, "text"), (config.task.text_pair, "text_pair")) if column]
+        comparison |= compare(config, baseline, task, examples, logits_NC, size)
     write_bundle(
         stage.output,
         name=stage.recipe.name,
@@ -238,10 +255,7 @@ def run(stage: Stage[ExportConfig]) -> None:
         max_batch=config.max_batch,
         tokenizer=Path(path),
         engines=engines,
-        golden=[
-            {**{key: str(rows[judged][row][column]) for column, key in texts}, "reference": reference_NC[row].tolist()}
-            for row in golden
-        ],
+        golden=golden_rows(config.task, rows[judged], examples, reference_NC),
         parity=parity,
         benchmark=benchmark,
         provenance={"recipe": stage.recipe.name, "stage": stage.name, "seed": stage.seed, "inputs": stage.inputs},
