@@ -10,6 +10,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from engine.train_config import Trained
 from engine.zero import read_zero_config
 
 Batch = dict[str, Any]
+PATIENCE = timedelta(hours=6)
+"""How long a rank waits for the others: the main one may tokenize a large corpus alone. One that has died shows at once."""
 Loss = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -71,7 +74,7 @@ class Processes:
                 mixed_precision="no",
                 deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config, zero3_init_flag=False),
                 # On CPUs the backend must be named: without it Accelerate sees one process where DeepSpeed sees several.
-                kwargs_handlers=[] if self.cuda else [InitProcessGroupKwargs(backend="gloo")],
+                kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if self.cuda else "gloo", timeout=PATIENCE)],
             )
         # Else transformers builds every later model in shards, with other initial weights and for all ranks only.
         unset_hf_deepspeed_config()

@@ -11,7 +11,7 @@ from launch import local
 from launch.check import FIRST_LINES
 from launch.local import StageError, run_stage
 from launch.recipe import KINDS, load_stages
-from tests.distributed.conftest import Bothways
+from tests.distributed.conftest import Bothways, succeed
 from tests.recipes import ragged_rows, write_recipe, write_rows
 
 
@@ -108,6 +108,39 @@ def test_plain_accelerate_launch_runs_a_stage(tmp_path, flags, overrides, spread
     assert done.returncode == 0, done.stderr
     assert spread in done.stdout
     assert (tmp_path / "runs/tiny/teacher/model.safetensors").exists()
+
+
+ACCELERATE_CONFIG = """\
+compute_environment: LOCAL_MACHINE
+debug: false
+distributed_type: DEEPSPEED
+deepspeed_config: {gradient_accumulation_steps: 4, zero_stage: 3, deepspeed_config_file: /nonexistent.json}
+machine_rank: 1
+main_process_ip: 10.0.0.1
+main_process_port: 1234
+mixed_precision: bf16
+num_machines: 2
+num_processes: 4
+use_cpu: true
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "spread"),
+    [
+        ((), "1 process, no ZeRO, accumulation = 1 (global 8 / (micro 8 × ranks 1)), fp32"),
+        (
+            ("--set", "teacher.parallel=zero2", "--set", "teacher.processes=2"),
+            "2 processes over gloo, zero2, accumulation = 1 (global 8 / (micro 4 × ranks 2)), fp32",
+        ),
+    ],
+)
+def test_what_accelerate_config_has_left_on_the_machine_changes_nothing(tmp_path, monkeypatch, arguments, spread):
+    (tmp_path / "cache/accelerate").mkdir(parents=True)
+    (tmp_path / "cache/accelerate/default_config.yaml").write_text(ACCELERATE_CONFIG)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    assert spread in succeed(Bothways(write_recipe(tmp_path), tmp_path / "runs", *arguments))
 
 
 @pytest.mark.slow
