@@ -119,13 +119,23 @@ def serve(
     serve_bundle(path, host, http_port, grpc_port, threads, max_queue, max_batch, batch_delay, engine)
 
 
-@app.command(epilog="Example: `bothways verify runs/demo/engine`")
-def verify(bundle: BundlePath, engine: Engine = None, threads: Threads = None, as_json: Json = False) -> None:
+@app.command(epilog="Examples: `bothways verify runs/demo/engine` · `bothways verify runs/demo/engine --sha256 3f8a…`")
+def verify(
+    bundle: BundlePath,
+    identity: Annotated[
+        str | None, typer.Option("--sha256", help="The identity that the bundle must have.", show_default=False)
+    ] = None,
+    engine: Engine = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
     """Check a bundle: hashes of all files, golden outputs, parity with the model that it came from."""
     from export.serving.bundle import verify_bundle
     from launch.predict import find_bundle
 
     report = verify_bundle(find_bundle(bundle), engine=engine, threads=threads)
+    if identity is not None and report["identity"] != identity.lower():
+        raise UserError(f"{bundle}: its identity is {report['identity']}, not {identity}: this is another bundle")
     print(json.dumps(report, indent=1) if as_json else "\n".join([*_lines(report), f"{bundle}: intact"]))
 
 
@@ -149,7 +159,6 @@ def benchmark(
 ) -> None:
     """Measure the latency of a bundle's engine on its own golden inputs."""
     from export.benchmark import benchmark_bundle
-
     from launch.predict import find_bundle
 
     options = {"threads": threads, "rounds": rounds}

@@ -179,6 +179,13 @@ def test_a_bundle_with_one_flipped_byte_is_refused(bundle, tmp_path, call, comma
     assert out == ""
 
 
+def test_verify_accepts_only_the_identity_that_was_asked_for(bundle, call):
+    identity = json.loads(call("verify", bundle, "--json")[1])["identity"]
+    assert call("verify", bundle, "--sha256", identity)[0] == 0
+    status, _, err = call("verify", bundle, "--sha256", "0" * 64)
+    assert_one_line(status, err, identity, "another bundle")
+
+
 def test_a_port_in_use_is_one_line(bundle, call):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
