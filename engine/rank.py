@@ -100,7 +100,10 @@ def run_rank(work: Callable[[], None], where: str) -> None:
     except BaseException as error:
         status, message = _explain(error, where)
         collective = status == 1 and _lost_a_peer(error)
-    _write(replace(record, status=status, message=message, ended=time.time_ns(), collective=collective))
+    try:
+        _write(replace(record, status=status, message=message, ended=time.time_ns(), collective=collective))
+    except OSError:  # somebody has cleaned the directory away: what has been achieved still counts
+        recorded = False
     if message and not recorded:
         print(message if status == 1 else f"error: {message}", file=sys.stderr, flush=True)
     if status:

@@ -226,6 +226,19 @@ def test_a_rank_that_nobody_keeps_a_record_of_speaks_for_itself(records, capsys,
     assert capsys.readouterr().err == "error: recipe.yaml:3: wrong\n"
 
 
+def test_a_rank_whose_record_is_cleaned_away_still_succeeds_or_speaks_for_itself(records, capsys):
+    rank.run_rank(lambda: shutil.rmtree(records), "runs")
+    records.mkdir()
+
+    def work():
+        shutil.rmtree(records)
+        raise UserError("recipe.yaml:3: wrong")
+
+    with pytest.raises(SystemExit):
+        rank.run_rank(work, "runs")
+    assert capsys.readouterr().err == "error: recipe.yaml:3: wrong\n"
+
+
 def test_a_rank_without_an_end_was_killed(records):
     rank.run_rank(lambda: None, "runs")
     assert rank.read_records(records)[0].status == 0
