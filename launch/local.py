@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from engine.zero import read_zero_config
 from launch.machine import cores, gpus
 from launch.operators import needed_operators, prepare
 from launch.recipe import KINDS
+
+GRACE = 10.0
+"""Seconds that the other ranks of a failed one may take; one that waits for it in a collective operation may never notice."""
 
 
 class StageError(Exception):
@@ -108,20 +112,23 @@ def _wait(process: subprocess.Popen[bytes], records: Path) -> int | None:
     """Waits for the end of `process`; returns the signal that asked for it, if one did."""
     asked: list[int] = []
     told: set[int] = set()
+    failed_at: float | None = None
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers}
     try:
-        while process.poll() is None:
-            try:
-                process.wait(timeout=0.2)
-            except subprocess.TimeoutExpired:
-                if len(asked) > 1:
+        while process.poll() is None and len(asked) < 2:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0.3)
+            ranks = read_records(records)
+            # Again and again: a rank may come up only after the request.
+            for rank in ranks if asked else []:
+                if rank.status is None and rank.pid not in told:
+                    told.add(rank.pid)
+                    _signal(rank.pid, signal.SIGUSR1)
+            if any(rank.status for rank in ranks):
+                failed_at = failed_at or time.monotonic()
+                if time.monotonic() - failed_at > GRACE:
                     break
-                # Again and again: a rank may come up only after the request.
-                for record in read_records(records) if asked else []:
-                    if record.status is None and record.pid not in told:
-                        told.add(record.pid)
-                        _signal(record.pid, signal.SIGUSR1)
     finally:
         # The ranks die with their launcher (PR_SET_PDEATHSIG): nothing is left behind.
         process.kill()
