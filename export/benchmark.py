@@ -14,8 +14,8 @@ Arrays = dict[str, np.ndarray]
 
 INPUTS_PER_ROUND = 25
 """Inputs that one round measures: a few hundred milliseconds, short enough that a disturbance spoils few rounds."""
-WARM_UP = 3
-"""Unmeasured calls when a candidate's turn comes: threads of the one before it have stopped spinning by then."""
+WARM_UP_SECONDS = 0.03
+"""A candidate runs unmeasured for so long when its turn comes: threads of the one before it have stopped spinning by then."""
 BATCHES = (1, 8, 32)
 LENGTHS = (16, 64, 128)
 
@@ -47,8 +47,9 @@ def measure(candidates: list[Candidate], inputs: list[Arrays], rounds: int) -> d
         chosen = [inputs[(turn * size + offset) % len(inputs)] for offset in range(size)]
         shift = turn % len(candidates)
         for candidate in candidates[shift:] + candidates[:shift]:
-            for arrays in chosen[:WARM_UP]:
-                candidate.run(arrays)
+            warm = time.perf_counter() + WARM_UP_SECONDS
+            while time.perf_counter() < warm:
+                candidate.run(chosen[0])
             started = time.perf_counter()
             for arrays in chosen:
                 candidate.run(arrays)
