@@ -85,6 +85,19 @@ def ratio_interval(times_a_R: np.ndarray, times_b_R: np.ndarray, seed: int = 0) 
     return _percentile(float(np.median(a) / np.median(b)), np.median(a[rows], axis=1) / np.median(b[rows], axis=1))
 
 
+def median_interval(values_R: np.ndarray) -> Interval:
+    """The median with its distribution-free interval: two order statistics (Conover 1999, section 3.2, normal approximation).
+
+    Args:
+        values_R: for example the latency of each round; at least one.
+    """
+    values = np.sort(np.asarray(values_R, dtype=np.float64))
+    n = len(values)
+    reach = Z * math.sqrt(n) / 2
+    low, high = max(0, math.floor(n / 2 - reach)), min(n - 1, math.ceil(n / 2 + reach) - 1)
+    return Interval(float(np.median(values)), float(values[low]), float(values[high]))
+
+
 def _flags(correct: np.ndarray) -> np.ndarray:
     flags = np.asarray(correct, dtype=bool)
     if flags.ndim != 1 or not len(flags):

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.intervals import median_interval
+
 Arrays = dict[str, np.ndarray]
 
 INPUTS_PER_ROUND = 25
@@ -58,9 +60,9 @@ def measure(candidates: list[Candidate], inputs: list[Arrays], rounds: int) -> d
 
 
 def summary(times_R: np.ndarray) -> dict[str, float]:
-    """Returns median, quartiles (low, high) and 95th percentile of the rounds, in milliseconds."""
-    low, median, high, slow = np.percentile(times_R, [25, 50, 75, 95])
-    return {"median_ms": float(median), "low": float(low), "high": float(high), "p95_ms": float(slow)}
+    """Returns the median of the rounds with its 95 % interval (low, high) and their 95th percentile, in milliseconds."""
+    median = median_interval(times_R)
+    return {"median_ms": median.value, "low": median.low, "high": median.high, "p95_ms": float(np.percentile(times_R, 95))}
 
 
 def torch_candidate(stage: str, directory: Path, inputs: list[str], threads: int) -> Candidate:

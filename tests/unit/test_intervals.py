@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from engine.intervals import accuracy_interval, paired_bootstrap_drop, ratio_interval
+from engine.intervals import accuracy_interval, median_interval, paired_bootstrap_drop, ratio_interval
 
 verdicts = hnp.arrays(bool, st.integers(1, 60))
 
@@ -143,3 +143,12 @@ def test_the_interval_of_a_speed_up_covers_the_truth_about_as_often_as_it_says()
 def test_data_without_an_answer_are_refused(call):
     with pytest.raises(ValueError):
         call()
+
+
+def test_the_medians_interval_holds_the_true_median_in_about_95_of_100_samples():
+    rng = np.random.default_rng(0)
+    found = [median_interval(rng.exponential(size=40)) for _ in range(1000)]
+    covered = np.mean([interval.low <= np.log(2) <= interval.high for interval in found])
+    assert 0.93 < covered < 0.99
+    assert all(interval.low <= interval.value <= interval.high for interval in found)
+    assert median_interval(np.asarray([3.0])) == (3.0, 3.0, 3.0)
