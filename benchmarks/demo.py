@@ -114,11 +114,15 @@ def main(argv: list[str]) -> None:
         print(json.dumps(model_figures(chosen.reuse), indent=1, ensure_ascii=False))
         return
     commit = head().removesuffix("-dirty")
-    figures = {}
-    for target in ("demo", "test"):
-        with tempfile.TemporaryDirectory() as directory:
-            clone = Path(directory, "bothways")
-            figures[f"{target}_minutes"] = figure(timed_make(target, commit, clone), "minutes")
-            if target == "demo":
-                models = model_figures(clone / RUN)
-    print(write_result("demo", "python -m benchmarks demo", commit, {**figures, **models}))
+    figures: dict[str, Figure] = {}
+    try:
+        for target in ("demo", "test"):
+            with tempfile.TemporaryDirectory() as directory:
+                clone = Path(directory, "bothways")
+                figures[f"{target}_minutes"] = figure(timed_make(target, commit, clone), "minutes")
+                if target == "demo":
+                    figures |= model_figures(clone / RUN)
+    finally:
+        # A failing test does not take along what the demo has measured before it.
+        if figures:
+            print(write_result("demo", "python -m benchmarks demo", commit, figures))
