@@ -11,7 +11,7 @@ from pydantic import Field
 
 from engine.config import ModelRef, Strict
 from engine.data.sources import Row
-from engine.data.splits import DataConfig, load_splits
+from engine.data.splits import DataConfig
 from engine.stage import Stage, lineage, stage_main
 from engine.tasks import ClassificationConfig
 from export.engines.parity import ParityGates
@@ -211,10 +211,9 @@ def run(stage: Stage[ExportConfig]) -> None:
     stage.inputs  # noqa: B018 - missing inputs show before anything heavy is loaded
     import numpy as np
 
-    from engine.data.rows import prepare
+    from engine.data.rows import prepare_for_model
     from engine.evaluate import evaluate_classifier
     from engine.models import load_model, size_of
-    from engine.tasks.classification import Classification
     from export.benchmark import Candidate
     from export.engines.graph import weight_bytes
     from export.engines.ort import OrtEngine
@@ -222,9 +221,8 @@ def run(stage: Stage[ExportConfig]) -> None:
     from export.serving.bundle import write_bundle
 
     started = time.monotonic()
-    rows = load_splits(config.data, stage.recipe, config.task.text, config.task.columns)
-    task = Classification.of_model(config.task, path, config.max_length)
-    data = prepare(rows, task)
+    rows, data = prepare_for_model(config, stage.recipe, path)
+    task = data.task
     judged = "test" if "test" in data.examples else "validation"
     examples = data.examples[judged]
     source = find_source(stage, path, task.inputs)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.config import Recipe
 from engine.data.batches import BatchPlan
 from engine.data.sources import Row
+from engine.data.splits import load_splits
 from engine.evaluate import evaluate_classifier, write_jsonl
 from engine.tasks.classification import Classification, Example
 
@@ -61,6 +63,23 @@ class Prepared:
 def prepare(rows: dict[str, list[Row]], task: Classification) -> Prepared:
     """Encodes every split."""
     return Prepared(task, {name: task.encode(split) for name, split in rows.items()})
+
+
+def prepare_for_model(
+    config: Any, recipe: Recipe, model: Path | str, train_rows: int | None = None
+) -> tuple[dict[str, list[Row]], Prepared]:
+    """Reads the rows of a stage and encodes them as its fine-tuned model does the task.
+
+    Args:
+        config: a section with `task`, `data` and `max_length`.
+        train_rows: keep only so many training rows, from the top.
+
+    Returns:
+        (the rows of every split, the same encoded).
+    """
+    rows = load_splits(config.data, recipe, config.task.text, config.task.columns)
+    rows["train"] = rows["train"][:train_rows]
+    return rows, prepare(rows, Classification.of_model(config.task, model, config.max_length))
 
 
 class LabelledBatches:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from engine.config import ModelRef, Strict
-from engine.data.splits import DataConfig, load_splits
+from engine.data.splits import DataConfig
 from engine.errors import UserError
 from engine.stage import Stage, stage_main
 from engine.tasks import ClassificationConfig
@@ -110,17 +110,15 @@ def run(stage: Stage[PruneConfig]) -> None:
     config = stage.config
     path = stage.recipe.find_model(config.model)
     stage.inputs  # noqa: B018 - missing inputs show before anything heavy is loaded
-    from engine.data.rows import prepare
+    from engine.data.rows import prepare_for_model
     from engine.evaluate import evaluate_classifier
     from engine.models import load_model, size_of
     from engine.models.structure import shrink
-    from engine.tasks.classification import Classification
 
     started = time.monotonic()
-    rows = load_splits(config.data, stage.recipe, config.task.text, config.task.columns)
-    task = Classification.of_model(config.task, path, config.max_length)
     model = load_model(path, "classification")
-    data = prepare({**rows, "train": rows["train"][: config.examples]}, task)
+    _, data = prepare_for_model(config, stage.recipe, path, config.examples)
+    task = data.task
     head_scores, neuron_scores = importance(model, task, data.examples["train"])
     heads, neurons = strongest(head_scores, config.heads, "heads"), strongest(neuron_scores, config.neurons, "neurons")
     stage.begin()

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from engine.config import ModelRef, Strict
-from engine.data.splits import DataConfig, load_splits
+from engine.data.splits import DataConfig
 from engine.stage import Stage, stage_main
 from engine.tasks import ClassificationConfig
 
@@ -179,17 +179,15 @@ def run(stage: Stage[QuantizeConfig]) -> None:
     stage.inputs  # noqa: B018 - missing inputs show before anything heavy is loaded
     import onnx
 
-    from engine.data.rows import prepare
+    from engine.data.rows import prepare_for_model
     from engine.models import load_model, read_config, size_of
-    from engine.tasks.classification import Classification
     from export.engines.graph import export_onnx, merge_projections, weight_bytes
     from export.engines.ort import OrtEngine
     from export.engines.parity import evaluate_engine
 
     started = time.monotonic()
-    rows = load_splits(config.data, stage.recipe, config.task.text, config.task.columns)
-    task = Classification.of_model(config.task, path, config.max_length)
-    data = prepare({**rows, "train": rows["train"][: config.examples]}, task)
+    _, data = prepare_for_model(config, stage.recipe, path, config.examples)
+    task = data.task
     model = load_model(path, "classification", attention="eager")
     graph = export_onnx(model, task.inputs)
     merge_projections(graph)
