@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from engine.rank import ERROR_DIRECTORY, Record, read_records
 from engine.stage import Stage
 from engine.zero import read_zero_config
 from launch.machine import cores, gpus
+from launch.nodes import Place, Supervision, network
 from launch.operators import needed_operators, prepare
 from launch.recipe import KINDS
 
@@ -41,15 +42,22 @@ class StageError(Exception):
         self.details = details
 
 
-def process_count(stage: Stage[Any]) -> int:
-    """Returns how many processes the stage runs on here: one per GPU, or one without GPUs, unless the recipe says otherwise.
+def process_count(stage: Stage[Any], place: Place | None = None) -> int:
+    """Returns how many processes the stage runs on, over all nodes.
+
+    Without a place that says it: as many as the recipe says, and for `auto` one per GPU, or one without GPUs.
 
     Raises:
-        UserError: more processes than GPUs.
+        UserError: more processes than GPUs, or another number than the nodes have.
     """
     if not KINDS[stage.kind].trains:
         return 1
     wanted, here = stage.config.processes, gpus()
+    if place is not None and (place.several or place.per_node):
+        if wanted not in ("auto", place.total):
+            spread = f"--nodes {place.nodes} × {place.processes} a node = {place.total}"
+            raise UserError(f"processes={wanted} in the recipe, but {spread}: say processes: auto, or change those numbers")
+        return place.total
     if wanted == "auto":
         return max(1, here)
     if here and wanted > here:
@@ -57,19 +65,30 @@ def process_count(stage: Stage[Any]) -> int:
     return wanted
 
 
-def command(stage: Stage[Any], overrides: list[str]) -> list[str]:
-    """Returns the command line of a stage."""
-    kind, processes = KINDS[stage.kind], process_count(stage)
+def command(stage: Stage[Any], overrides: list[str], place: Place | None = None, attempt: int = 0) -> list[str]:
+    """Returns the command line of a stage on this node.
+
+    Args:
+        attempt: 0, or the number of the restart: it meets on the next port and goes on from the checkpoints.
+    """
+    place = place or Place()
+    kind, processes = KINDS[stage.kind], process_count(stage, place)
     arguments = [str(stage.recipe.path), "--stage", stage.name, "--runs", str(stage.recipe.runs)]
     arguments += [part for override in overrides for part in ("--set", override)]
-    arguments += ["--restart"] if stage.restart else []
+    arguments += ["--restart"] if stage.restart and not attempt else []
     if not kind.trains:
         return [sys.executable, "-m", kind.module, *arguments]
     deepspeed = ["--use_deepspeed"] if _needs_deepspeed(stage, processes) else []
+    meeting = ["--main_process_port", "0"]
+    if place.several:
+        # `standard`: every node starts its own ranks; the default, pdsh, would log in to the others.
+        meeting = ["--deepspeed_multinode_launcher", "standard", "--machine_rank", str(place.rank)]
+        meeting += ["--main_process_ip", place.address, "--main_process_port", str(place.port_of(attempt))]
     return [
         *(sys.executable, "-m", "launch.accelerated", *deepspeed),
-        *("--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(_threads(processes))),
+        *("--num_processes", str(processes), "--num_machines", str(place.nodes), *meeting),
+        *("--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--num_cpu_threads_per_process", str(_threads(processes // place.nodes))),
         *("-m", kind.module, *arguments),
     ]
 
@@ -82,7 +101,13 @@ def _threads(processes: int) -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // processes))
 
 
-def run_stage(stage: Stage[Any], overrides: list[str], say: Callable[[str], None]) -> None:
+def run_stage(
+    stage: Stage[Any],
+    overrides: list[str],
+    say: Callable[[str], None],
+    place: Place | None = None,
+    supervision: Supervision | None = None,
+) -> None:
     """Runs one stage to its end; its output goes where ours goes.
 
     SIGINT, SIGTERM and SIGUSR1 are passed on as a request to save a checkpoint and stop; the second one kills.
@@ -91,21 +116,33 @@ def run_stage(stage: Stage[Any], overrides: list[str], say: Callable[[str], None
         UserError: bad input.
         StageError: it crashed, was killed or was asked to stop.
     """
-    processes = process_count(stage)
+    place, supervision = place or Place(), supervision or Supervision()
+    processes = process_count(stage, place)
     if KINDS[stage.kind].trains and _needs_deepspeed(stage, processes):
         train = stage.config.train
         path = stage.recipe.find_zero(stage.config.parallel or "zero0")
         config = read_zero_config(path, train, *accumulation_steps(train.batch_size, train.micro_batch_size, processes))
         prepare(needed_operators(config, cuda=gpus() > 0), say)
-    with tempfile.TemporaryDirectory(prefix="bothways-") as records:
-        environment = {**os.environ, ERROR_DIRECTORY: records, "OMP_NUM_THREADS": str(_threads(processes))}
+    with _records(supervision) as records:
+        threads = str(_threads(processes // place.nodes))
+        environment = {**os.environ, **network(place), ERROR_DIRECTORY: str(records), "OMP_NUM_THREADS": threads}
         environment |= {} if gpus() else {"DS_ACCELERATOR": "cpu"}  # else DeepSpeed warns that it found no GPU
         # A session of its own: a terminal's Ctrl-C reaches only this process, which passes it on.
-        process = subprocess.Popen(command(stage, overrides), env=environment, start_new_session=True)
-        asked = _wait(process, Path(records))
+        process = subprocess.Popen(command(stage, overrides, place), env=environment, start_new_session=True)
+        asked = _wait(process, records)
         # A process can die in its teardown after all was done: the published directory decides.
         if process.returncode and not stage.finished():
-            _explain(stage, process.returncode, read_records(Path(records)), asked)
+            _explain(stage, process.returncode, read_records(records), asked)
+
+
+@contextlib.contextmanager
+def _records(supervision: Supervision) -> Iterator[Path]:
+    if supervision.records is None:
+        with tempfile.TemporaryDirectory(prefix="bothways-") as records:
+            yield Path(records)
+    else:
+        supervision.records.mkdir(parents=True, exist_ok=True)
+        yield supervision.records.absolute()
 
 
 def _wait(process: subprocess.Popen[bytes], records: Path) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import sys
 import time
@@ -19,7 +20,8 @@ from engine.errors import UserError, did_you_mean
 from engine.stage import Stage, read_stage
 from launch.check import check_recipe
 from launch.local import run_stage
-from launch.recipe import load_stages
+from launch.nodes import Place, Supervision
+from launch.recipe import KINDS, load_stages
 
 PATIENCE = 30.0
 """Seconds to wait for the end of another run in the same directory, which may just have been killed."""
@@ -32,8 +34,12 @@ def run_recipe(
     only: list[str] | None = None,
     restart: bool = False,
     console: Console | None = None,
+    place: Place | None = None,
+    supervision: Supervision | None = None,
 ) -> None:
     """Runs the stages of a recipe that are not finished.
+
+    Several nodes run the training stages together. Node 0 runs the others alone, and keeps the run directory to itself.
 
     Args:
         path: the recipe.
@@ -42,6 +48,8 @@ def run_recipe(
         only: run these stages alone; what they read must be finished.
         restart: throw interrupted runs of these stages away instead of going on from their checkpoints.
         console: where progress is told.
+        place: of this node among several.
+        supervision: how running stages are looked after.
 
     Raises:
         UserError: bad input; nothing has been written then.
@@ -56,21 +64,39 @@ def run_recipe(
         if name not in recipe.stages:
             raise UserError(f"--stage {name}: {path} has no such stage{did_you_mean(name, list(recipe.stages))}")
     chosen = [stage for stage in stages if not only or stage.name in only]
-    check_recipe(recipe, chosen)
+    place, supervision = place or Place(), supervision or Supervision()
+    place.check(supervision)
+    check_recipe(recipe, chosen, place)
     _require_finished(recipe, chosen)
     ran: list[str] = []
-    with _alone_in(recipe.runs / recipe.name, console.print):
+    # Node 0 keeps everybody else out of the run directory for all of them.
+    with _alone_in(recipe.runs / recipe.name, console.print) if place.rank == 0 else contextlib.nullcontext():
         for number, stage in enumerate(chosen, 1):
+            if place.rank and not KINDS[stage.kind].trains:
+                continue
+            _await_inputs(recipe, stage, place)
             title = f"[{number}/{len(chosen)}] {stage.name} ({stage.kind})"
             if stage.finished():
                 console.print(f"{title}: skipped, unchanged", markup=False)
                 continue
             console.print(title, style="bold", markup=False)
             stage.restart = restart
-            run_stage(stage, overrides, lambda text: console.print(f"  {text}", markup=False, soft_wrap=True))
+            say = functools.partial(console.print, markup=False, soft_wrap=True)
+            run_stage(stage, overrides, lambda text, say=say: say(f"  {text}"), place, supervision)
             ran.append(stage.name)
-        console.print(summary(stages, ran))
-        _report(recipe, stages, bool(ran), console)
+        if place.rank == 0:
+            console.print(summary(stages, ran))
+            _report(recipe, stages, bool(ran), console)
+
+
+def _await_inputs(recipe: Recipe, stage: Stage[Any], place: Place) -> None:
+    """Waits on the other nodes until node 0 has finished what a stage reads."""
+    while place.rank:
+        # Read anew: a stage remembers the hashes of its inputs.
+        fresh = {other.name: other for other in load_stages(recipe)}
+        if all(read_stage(fresh[name].directory) and fresh[name].finished() for name in stage.upstream()):
+            return
+        time.sleep(1)
 
 
 def _require_finished(recipe: Recipe, chosen: list[Stage[Any]]) -> None:
