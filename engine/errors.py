@@ -5,6 +5,9 @@ USER_ERROR = 2
 PREEMPTED = 75
 """Exit status of a run that was asked to stop and can go on later (EX_TEMPFAIL: run it again)."""
 
+NODE_FAILED = 76
+"""Exit status of a run that lost another node or the link to it: running it again may help."""
+
 
 class UserError(Exception):
     """Bad input. The message is one line that names the file, line or key and the fix."""

@@ -14,14 +14,18 @@ from engine.models import positions_of, require_weights
 from engine.stage import Stage
 from engine.zero import read_zero_config
 from launch.local import process_count
+from launch.nodes import Place
 from launch.recipe import KINDS
 
 FIRST_LINES = 500
 """Lines of every data file that are read; the stage itself reads them all before it begins."""
 
 
-def check_recipe(recipe: Recipe, stages: list[Stage[Any]]) -> dict[str, str]:
+def check_recipe(recipe: Recipe, stages: list[Stage[Any]], place: Place | None = None) -> dict[str, str]:
     """Looks at everything that the stages name.
+
+    Args:
+        place: of this node, when it is known where the stages run.
 
     Returns:
         {stage name: one line that says what the stage will do}.
@@ -40,7 +44,7 @@ def check_recipe(recipe: Recipe, stages: list[Stage[Any]]) -> dict[str, str]:
                 for _ in read_rows(source, recipe, columns, lines=FIRST_LINES):
                     pass
         _check_length(recipe, stage)
-        said[stage.name] = _training(stage) if KINDS[stage.kind].trains else f"reads {', '.join(_read(stage))}"
+        said[stage.name] = _training(stage, place) if KINDS[stage.kind].trains else f"reads {', '.join(_read(stage))}"
     return said
 
 
@@ -111,10 +115,10 @@ def _positions(recipe: Recipe, reference: ModelRef) -> int | None:
     return _positions(recipe, (config.student.model or config.teacher) if kind == "distill" else config.model)
 
 
-def _training(stage: Stage[Any]) -> str:
+def _training(stage: Stage[Any], place: Place | None) -> str:
     train = stage.config.train
     try:
-        processes = process_count(stage)
+        processes = process_count(stage, place)
         micro, accumulation = accumulation_steps(train.batch_size, train.micro_batch_size, processes)
         if stage.config.parallel:
             read_zero_config(stage.recipe.find_zero(stage.config.parallel), train, micro, accumulation)

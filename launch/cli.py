@@ -1,4 +1,4 @@
-"""The command line: `bothways run|check|predict|serve|verify|report|benchmark|doctor`.
+"""The command line: `bothways run|launch|check|predict|serve|verify|report|benchmark|doctor`.
 
 Everything heavy is imported inside the commands: `bothways --help` and `bothways check` load neither torch nor transformers.
 """
@@ -31,6 +31,10 @@ Overrides = Annotated[
     list[str], typer.Option("--set", metavar="A.B=C", help="Override a key of the recipe; may be repeated.", show_default=False)
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run directories lie.")]
+OneStage = Annotated[list[str], typer.Option(help="Run this stage alone; may be repeated.", show_default=False)]
+Restart = Annotated[bool, typer.Option("--restart", help="Throw interrupted runs away, do not go on from them.")]
+MaxRestarts = Annotated[int, typer.Option(min=0, help="Start a stage's ranks again after a crash, a kill or a stall.")]
+HeartbeatLimit = Annotated[float, typer.Option(min=1, help="Seconds without a sign of life that make a stall.")]
 Engine = Annotated[str | None, typer.Option(help="onnxruntime, tensorrt or tensorrt_rtx.", show_default="onnxruntime")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine.", show_default="one per core")]
 BUNDLE_SAYS = "as the bundle says"
@@ -43,24 +47,69 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 def run(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
-    stage: Annotated[list[str], typer.Option(help="Run this stage alone; may be repeated.", show_default=False)] = [],  # noqa: B006
+    stage: OneStage = [],  # noqa: B006
     runs: Runs = Path("runs"),
-    restart: Annotated[bool, typer.Option("--restart", help="Throw interrupted runs away, do not go on from them.")] = False,
+    restart: Restart = False,
+    max_restarts: MaxRestarts = 0,
+    heartbeat_limit: HeartbeatLimit = 300.0,
 ) -> None:
     """Run the stages of a recipe that are not finished.
 
     A finished stage whose section and inputs have not changed is skipped; one that was killed goes on from its last checkpoint.
     To run a finished stage again, remove its directory.
     """
+    from launch.nodes import Supervision
+
+    _run_recipe(recipe, overrides, runs, stage, restart, supervision=Supervision(max_restarts, heartbeat_limit))
+
+
+def _run_recipe(*arguments: Any, **options: Any) -> None:
     from launch.local import StageError
     from launch.pipeline import run_recipe
 
     try:
-        run_recipe(recipe, overrides, runs, stage, restart)
+        run_recipe(*arguments, **options)
     except StageError as error:
         if error.details:
             print(error.details.rstrip(), file=sys.stderr)
         _fail(str(error), error.status)
+
+
+@app.command(
+    epilog="Examples, on host a and on host b: `bothways launch recipe.yaml --nodes 2 --node-rank 0 --main-address a` · "
+    "`bothways launch recipe.yaml --nodes 2 --node-rank 1 --main-address a`"
+)
+def launch(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    stage: OneStage = [],  # noqa: B006
+    runs: Runs = Path("runs"),
+    restart: Restart = False,
+    nodes: Annotated[int, typer.Option(min=1, help="Hosts that run it together.")] = 1,
+    node_rank: Annotated[int | None, typer.Option(min=0, help="Number of this host, from 0.", show_default=False)] = None,
+    main_address: Annotated[
+        str | None, typer.Option(metavar="HOST", help="Node 0, as the others reach it.", show_default=False)
+    ] = None,
+    main_port: Annotated[int, typer.Option(help="Free TCP and UDP port of node 0; restarts take the next TCP ports.")] = 29500,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on every node.", show_default="all GPUs")] = None,
+    processes_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on every node without GPUs.", show_default="1")
+    ] = None,
+    max_restarts: MaxRestarts = 0,
+    heartbeat_limit: HeartbeatLimit = 300.0,
+    records: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the ranks' records and logs here.", show_default=False)
+    ] = None,
+) -> None:
+    """Run a recipe on several hosts; all of them see the recipe, the data and the directory of runs (a shared file system).
+
+    Training stages run on all nodes together, the others on node 0 alone.
+    """
+    from launch.nodes import Supervision, place_of
+
+    place = place_of(nodes, node_rank, main_address, main_port, gpus_per_node, processes_per_node)
+    supervision = Supervision(max_restarts, heartbeat_limit, records)
+    _run_recipe(recipe, overrides, runs, stage, restart, place=place, supervision=supervision)
 
 
 @app.command(epilog="Example: `bothways check recipe.yaml --set teacher.train.batch_size=64`")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import sys
 import time
@@ -16,10 +17,14 @@ from rich.table import Table
 
 from engine.config import Recipe, load_recipe
 from engine.errors import UserError, did_you_mean
-from engine.stage import Stage, read_stage
+from engine.stage import Stage, digest, read_stage
 from launch.check import check_recipe
+from launch.follow import Follower
+from launch.link import Link, Report, host_name, leading
 from launch.local import run_stage
+from launch.nodes import Place, Supervision
 from launch.recipe import load_stages
+from launch.watchdog import NodeLife
 
 PATIENCE = 30.0
 """Seconds to wait for the end of another run in the same directory, which may just have been killed."""
@@ -32,8 +37,12 @@ def run_recipe(
     only: list[str] | None = None,
     restart: bool = False,
     console: Console | None = None,
+    place: Place | None = None,
+    supervision: Supervision | None = None,
 ) -> None:
     """Runs the stages of a recipe that are not finished.
+
+    Several nodes run the training stages together. Node 0 runs the others alone, and keeps the run directory to itself.
 
     Args:
         path: the recipe.
@@ -42,6 +51,8 @@ def run_recipe(
         only: run these stages alone; what they read must be finished.
         restart: throw interrupted runs of these stages away instead of going on from their checkpoints.
         console: where progress is told.
+        place: of this node among several.
+        supervision: how running stages are looked after.
 
     Raises:
         UserError: bad input; nothing has been written then.
@@ -56,21 +67,51 @@ def run_recipe(
         if name not in recipe.stages:
             raise UserError(f"--stage {name}: {path} has no such stage{did_you_mean(name, list(recipe.stages))}")
     chosen = [stage for stage in stages if not only or stage.name in only]
-    check_recipe(recipe, chosen)
+    place, supervision = place or Place(), supervision or Supervision()
+    place.check(supervision)
+    check_recipe(recipe, chosen, place)
     _require_finished(recipe, chosen)
-    ran: list[str] = []
-    with _alone_in(recipe.runs / recipe.name, console.print):
-        for number, stage in enumerate(chosen, 1):
-            title = f"[{number}/{len(chosen)}] {stage.name} ({stage.kind})"
-            if stage.finished():
-                console.print(f"{title}: skipped, unchanged", markup=False)
-                continue
-            console.print(title, style="bold", markup=False)
-            stage.restart = restart
-            run_stage(stage, overrides, lambda text: console.print(f"  {text}", markup=False, soft_wrap=True))
-            ran.append(stage.name)
+    say = functools.partial(console.print, markup=False, soft_wrap=True)
+    setup = _setup(chosen, place)
+    if place.rank:
+        report = Report(NodeLife(place.rank, host_name()), setup)
+        with Link(place, recipe.runs / recipe.name, report) as link:
+            Follower(recipe, overrides, restart, place, supervision, link).run(say)
+        return
+    with contextlib.ExitStack() as context:
+        context.enter_context(_alone_in(recipe.runs / recipe.name, console.print))
+        link0 = None
+        if place.several:
+            link0 = context.enter_context(Link(place, recipe.runs / recipe.name, Report(NodeLife(0, host_name()), setup)))
+            context.enter_context(leading(link0))
+        ran = _run(chosen, restart, console, lambda stage: run_stage(stage, overrides, _indented(say), place, supervision, link0))
         console.print(summary(stages, ran))
         _report(recipe, stages, bool(ran), console)
+
+
+def _run(chosen: list[Stage[Any]], restart: bool, console: Console, run: Callable[[Stage[Any]], None]) -> list[str]:
+    """Runs what is not finished; returns the names of what has run."""
+    ran: list[str] = []
+    for number, stage in enumerate(chosen, 1):
+        title = f"[{number}/{len(chosen)}] {stage.name} ({stage.kind})"
+        if stage.finished():
+            console.print(f"{title}: skipped, unchanged", markup=False)
+            continue
+        console.print(title, style="bold", markup=False)
+        stage.restart = restart
+        run(stage)
+        ran.append(stage.name)
+    return ran
+
+
+def _indented(say: Callable[[str], None]) -> Callable[[str], None]:
+    return lambda text: say(f"  {text}")
+
+
+def _setup(chosen: list[Stage[Any]], place: Place) -> str:
+    """Returns a digest of what all nodes have to agree on."""
+    sections = {stage.name: stage.config.model_dump(mode="json") for stage in chosen}
+    return digest({"nodes": place.nodes, "ranks": place.total, "sections": sections})
 
 
 def _require_finished(recipe: Recipe, chosen: list[Stage[Any]]) -> None:
