@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+import shutil
 import socket
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,10 +20,11 @@ import torch
 from engine.config import Recipe
 from engine.data.batches import accumulation_steps
 from engine.errors import UserError
+from engine.models import checkpoint_activations
 from engine.optim import build_optimizer
 from engine.randomness import torch_seed
 from engine.train_config import Trained
-from engine.zero import read_zero_config
+from engine.zero import Place, prepare_nvme, read_zero_config, zero_config_of
 
 Batch = dict[str, Any]
 PATIENCE = timedelta(hours=6)
@@ -33,7 +35,7 @@ Loss = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]]
 class Processes:
     """The ranks of this stage: who they are and how they agree."""
 
-    def __init__(self, config: Trained, recipe: Recipe) -> None:
+    def __init__(self, config: Trained, recipe: Recipe, scratch: Path | None = None) -> None:
         self.train = train = config.train
         self.processes = int(os.environ.get("WORLD_SIZE", "1"))
         if config.processes not in ("auto", self.processes):
@@ -41,10 +43,11 @@ class Processes:
                 f"the recipe asks for processes={config.processes}, but {self.processes} were started: "
                 f"use `bothways run`, or `accelerate launch --use_deepspeed --num_processes {config.processes}`"
             )
-        # DeepSpeed stage 0 is plain data parallelism; one process needs no engine.
-        name = config.parallel or ("zero0" if self.processes > 1 else None)
+        name = zero_config_of(config, self.processes)
         self.parallel = recipe.find_zero(name) if name else None
         self.cuda = torch.cuda.is_available()
+        self.place = Place(self.cuda, int(os.environ.get("LOCAL_WORLD_SIZE", self.processes)), scratch)
+        self.swapped_to: list[Path] = []
         self.micro, self.accumulation = accumulation_steps(train.batch_size, train.micro_batch_size, self.processes)
         self.accelerator = self._accelerator()
         if self.accelerator.num_processes != self.processes:
@@ -67,7 +70,8 @@ class Processes:
         for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
             os.environ.setdefault(key, value)
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
-        config = read_zero_config(self.parallel, self.train, self.micro, self.accumulation)
+        config = read_zero_config(self.parallel, self.train, self.micro, self.accumulation, self.place)
+        self.swapped_to = prepare_nvme(config)
         with contextlib.redirect_stdout(io.StringIO()):  # every rank would print that an operator was built
             accelerator = Accelerator(
                 gradient_accumulation_steps=self.accumulation,
@@ -92,7 +96,7 @@ class Processes:
 
     @property
     def precision(self) -> str:
-        """`fp32` or `bf16`, after `auto` has been decided by the hardware."""
+        """`fp32`, `bf16` or `fp16`, after `auto` has been decided by the hardware."""
         if self.train.precision != "auto":
             return self.train.precision
         if self.cuda:
@@ -129,10 +133,12 @@ class Processes:
         return total.tolist()
 
     def close(self) -> None:
-        """Leaves the process group; waits for the others first."""
+        """Leaves the process group; waits for the others first. What was swapped to a disk is removed."""
         if torch.distributed.is_initialized():
             self.barrier()
             torch.distributed.destroy_process_group()
+        for directory in self.swapped_to:
+            shutil.rmtree(directory / "zero_stage_3", ignore_errors=True)
 
 
 class _LossModule(torch.nn.Module):
@@ -157,6 +163,8 @@ class Trainer:
         self.processes = processes
         self.seed = 0
         accelerator = processes.accelerator
+        if processes.train.gradient_checkpointing:
+            checkpoint_activations(model)
         module = _LossModule(model, loss, processes.precision == "bf16", processes.device.type)
         self.engine, self.optimizer = accelerator.prepare(module, build_optimizer(module, processes.train))
         self.model: Any = accelerator.unwrap_model(self.engine).model

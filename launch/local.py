@@ -17,7 +17,7 @@ from engine.data.batches import accumulation_steps
 from engine.errors import PREEMPTED, USER_ERROR, UserError
 from engine.rank import ERROR_DIRECTORY, Record, read_records
 from engine.stage import Stage
-from engine.zero import read_zero_config
+from engine.zero import Place, read_zero_config, zero_config_of
 from launch.machine import cores, gpus
 from launch.operators import needed_operators, prepare
 from launch.recipe import KINDS
@@ -65,17 +65,13 @@ def command(stage: Stage[Any], overrides: list[str]) -> list[str]:
     arguments += ["--restart"] if stage.restart else []
     if not kind.trains:
         return [sys.executable, "-m", kind.module, *arguments]
-    deepspeed = ["--use_deepspeed"] if _needs_deepspeed(stage, processes) else []
+    deepspeed = ["--use_deepspeed"] if zero_config_of(stage.config, processes) else []
     return [
         *(sys.executable, "-m", "launch.accelerated", *deepspeed),
         *("--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"),
         *("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(_threads(processes))),
         *("-m", kind.module, *arguments),
     ]
-
-
-def _needs_deepspeed(stage: Stage[Any], processes: int) -> bool:
-    return bool(stage.config.parallel) or processes > 1
 
 
 def _threads(processes: int) -> int:
@@ -92,10 +88,11 @@ def run_stage(stage: Stage[Any], overrides: list[str], say: Callable[[str], None
         StageError: it crashed, was killed or was asked to stop.
     """
     processes = process_count(stage)
-    if KINDS[stage.kind].trains and _needs_deepspeed(stage, processes):
+    zero = zero_config_of(stage.config, processes) if KINDS[stage.kind].trains else None
+    if zero:
         train = stage.config.train
-        path = stage.recipe.find_zero(stage.config.parallel or "zero0")
-        config = read_zero_config(path, train, *accumulation_steps(train.batch_size, train.micro_batch_size, processes))
+        split = accumulation_steps(train.batch_size, train.micro_batch_size, processes)
+        config = read_zero_config(stage.recipe.find_zero(zero), train, *split, Place(gpus() > 0, processes, stage.partial))
         prepare(needed_operators(config, cuda=gpus() > 0), say)
     with tempfile.TemporaryDirectory(prefix="bothways-") as records:
         environment = {**os.environ, ERROR_DIRECTORY: records, "OMP_NUM_THREADS": str(_threads(processes))}
