@@ -193,9 +193,10 @@ class Fit:
             self.problem = "the gradient norm is not finite"
         if self.problem is None:
             return False
-        kept = self.checkpoints.steps()
         where = f"step {state.step}: {self.problem}"
         if policy.action == "stop" or state.bad_steps >= policy.limit:
+            self.checkpoints.wait()
+            kept = self.checkpoints.steps()
             many = f" and train.bad_steps.limit={policy.limit} is reached" if policy.action != "stop" else ""
             raise UserError(
                 f"{where}{many}: lower train.learning_rate, raise train.warmup, or set train.bad_steps.action"
