@@ -92,6 +92,7 @@ class Checkpoints:
             UserError: the disk is full; the checkpoints already there are untouched.
         """
         while self._jobs:
+            heartbeat.beat("save")
             self._jobs.pop(0).result()
 
     def check(self) -> None:

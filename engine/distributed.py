@@ -8,6 +8,7 @@ import io
 import logging
 import math
 import os
+import shutil
 import socket
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,10 +23,11 @@ from engine import heartbeat
 from engine.config import Recipe
 from engine.data.batches import accumulation_steps
 from engine.errors import UserError
+from engine.models import checkpoint_activations
 from engine.optim import build_optimizer
 from engine.randomness import torch_seed
 from engine.train_config import Trained
-from engine.zero import read_zero_config
+from engine.zero import Host, prepare_nvme, read_zero_config, zero_config_of
 
 Batch = dict[str, Any]
 PATIENCE = timedelta(hours=6)
@@ -43,7 +45,7 @@ class Processes:
     asked = False
     """This rank has got a SIGTERM or SIGUSR1."""
 
-    def __init__(self, config: Trained, recipe: Recipe) -> None:
+    def __init__(self, config: Trained, recipe: Recipe, scratch: Path | None = None) -> None:
         self.train = train = config.train
         self.processes = int(os.environ.get("WORLD_SIZE", "1"))
         if config.processes not in ("auto", self.processes):
@@ -51,11 +53,12 @@ class Processes:
                 f"the recipe asks for processes={config.processes}, but {self.processes} were started: "
                 f"use `bothways run`, or `accelerate launch --use_deepspeed --num_processes {config.processes}`"
             )
-        # DeepSpeed stage 0 is plain data parallelism; one process needs no engine.
-        name = config.parallel or ("zero0" if self.processes > 1 else None)
+        name = zero_config_of(config, self.processes)
         self.parallel = recipe.find_zero(name) if name else None
         self.zero_stage = 0
         self.cuda = torch.cuda.is_available()
+        self.host = Host(self.cuda, int(os.environ.get("LOCAL_WORLD_SIZE", self.processes)), scratch)
+        self.swapped_to: list[Path] = []
         self.micro, self.accumulation = accumulation_steps(train.batch_size, train.micro_batch_size, self.processes)
         self.accelerator = self._accelerator()
         if self.accelerator.num_processes != self.processes:
@@ -78,9 +81,10 @@ class Processes:
         for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
             os.environ.setdefault(key, value)
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
-        config = read_zero_config(self.parallel, self.train, self.micro, self.accumulation)
+        config = read_zero_config(self.parallel, self.train, self.micro, self.accumulation, self.host)
+        self.swapped_to = prepare_nvme(config)
         self.zero_stage = config["zero_optimization"]["stage"]
-        if self.zero_stage == 0:
+        if self.zero_stage == 0 and self.train.precision != "fp16":
             config["gradient_clipping"] = 0.0  # the trainer clips replicated gradients itself, and learns their norm
         with contextlib.redirect_stdout(io.StringIO()):  # every rank would print that an operator was built
             accelerator = Accelerator(
@@ -106,7 +110,7 @@ class Processes:
 
     @property
     def precision(self) -> str:
-        """`fp32` or `bf16`, after `auto` has been decided by the hardware."""
+        """`fp32`, `bf16` or `fp16`, after `auto` has been decided by the hardware."""
         if self.train.precision != "auto":
             return self.train.precision
         if self.cuda:
@@ -153,10 +157,12 @@ class Processes:
         return total.tolist()
 
     def close(self) -> None:
-        """Leaves the process group; waits for the others first."""
+        """Leaves the process group; waits for the others first. What was swapped to a disk is removed."""
         if torch.distributed.is_initialized():
             self.barrier()
             torch.distributed.destroy_process_group()
+        for directory in self.swapped_to:
+            shutil.rmtree(directory / "zero_stage_3", ignore_errors=True)
 
 
 class _LossModule(torch.nn.Module):
@@ -181,11 +187,15 @@ class Trainer:
         self.processes = processes
         self.seed = 0
         accelerator = processes.accelerator
+        if processes.train.gradient_checkpointing:
+            checkpoint_activations(model)
         module = _LossModule(model, loss, processes.precision == "bf16", processes.device.type)
         self.engine, self.optimizer = accelerator.prepare(module, build_optimizer(module, processes.train))
         self.model: Any = accelerator.unwrap_model(self.engine).model
         self.sharded = processes.zero_stage > 0
         """The state of the optimizer is spread over the ranks; otherwise every rank holds all of it."""
+        self.guarded = self.sharded or processes.precision == "fp16"
+        """DeepSpeed clips, and drops a step whose gradient is not finite; otherwise that is done here."""
 
     def step(
         self, micro_batches: list[Batch], step: int, learning_rate: float, count: float, accept: Callable[[float], bool]
@@ -220,9 +230,9 @@ class Trainer:
             if index == last:
                 mean = processes.sum(float(total))[0] / count
                 accepted = accept(mean)
-            # A gradient that is not finite makes ZeRO drop the step and clean up after itself.
-            self._backward(loss * (scale if accepted or not self.sharded else math.nan), last=index == last)
-        norm = self._sharded_update() if self.sharded else self._replicated_update(accepted)
+            # A gradient that is not finite makes DeepSpeed drop the step and clean up after itself.
+            self._backward(loss * (scale if accepted or not self.guarded else math.nan), last=index == last)
+        norm = self._guarded_update() if self.guarded else self._own_update(accepted)
         return mean, norm
 
     def _backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -232,13 +242,13 @@ class Trainer:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
         self.engine.backward(loss)
 
-    def _sharded_update(self) -> float:
+    def _guarded_update(self) -> float:
         self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
+        norm = self.engine.get_global_grad_norm()
         # -1 is DeepSpeed's word for a norm that is not finite.
-        return norm if norm >= 0 else math.nan
+        return float(norm) if norm is not None and norm >= 0 else math.nan
 
-    def _replicated_update(self, accepted: bool) -> float:
+    def _own_update(self, accepted: bool) -> float:
         parameters = [parameter for parameter in self.engine.parameters() if parameter.grad is not None]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.processes.train.clip)) if accepted else math.nan
         if not math.isfinite(norm):

@@ -14,11 +14,13 @@ class UserError(Exception):
 
 
 def did_you_mean(word: str, known: "list[str] | tuple[str, ...]") -> str:
-    """Returns `: did you mean 'x'?`, or the list of what is known when nothing is close."""
+    """Returns `: did you mean 'x'?`, or the list of what is known when nothing is close and the list is short."""
     import difflib
 
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f": did you mean '{near[0]}'?" if near else f" (known: {', '.join(sorted(known))})"
+    if near:
+        return f": did you mean '{near[0]}'?"
+    return f" (known: {', '.join(sorted(known))})" if len(known) <= 20 else ""
 
 
 _FULL = ("No space left on device", "Disk quota exceeded", "os error 28", "os error 122", "file write failed", "unexpected pos")

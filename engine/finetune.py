@@ -62,7 +62,7 @@ def run(stage: Stage[FinetuneConfig]) -> None:
         config.task, Classification.find_labels(rows["train"], config.task), load_tokenizer(path), config.max_length
     )
     data = prepare(rows, task)
-    processes = Processes(config, stage.recipe)
+    processes = Processes(config, stage.recipe, stage.partial)
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
     model = load_model(path, "classification", labels=task.labels, random=config.initialize == "random")
     if config.train.dropout is not None:

@@ -91,14 +91,14 @@ def run(stage: Stage[PretrainConfig]) -> None:
     from engine.randomness import torch_seed
 
     started = time.monotonic()
-    processes = Processes(config, stage.recipe)
+    processes = Processes(config, stage.recipe, stage.partial)
     if processes.main:
         stage.begin()
     with processes.main_first():
         tokenizer = load_tokenizer(_tokenizer_directory(stage))
         training, validation = _corpora(stage, tokenizer)
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
-    model = build_model(config.model, "masked_lm", _rounded(len(tokenizer)), tokenizer.pad_token_id)
+    model = build_model(config.model, "masked_lm", rounded(len(tokenizer)), tokenizer.pad_token_id)
     if config.train.dropout is not None:
         set_dropout(model, config.train.dropout)
     objective = MaskedLanguageModelling(config.objective, len(tokenizer), tokenizer.mask_token_id, tokenizer.all_special_ids)
@@ -137,7 +137,7 @@ def _publish(
     )
 
 
-def _rounded(vocabulary: int) -> int:
+def rounded(vocabulary: int) -> int:
     """Pads the vocabulary to a multiple of 64: matrix products with odd widths are markedly slower."""
     return -(-vocabulary // 64) * 64
 

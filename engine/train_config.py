@@ -55,8 +55,13 @@ class TrainConfig(Strict):
     """Adam's averaging factors."""
     clip: float = Field(1.0, gt=0)
     """Largest global gradient norm."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 is autocast: weights, gradients and optimizer state stay fp32. auto: bf16 where the hardware multiplies it."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """bf16 is torch's autocast: weights, gradients, their sums over ranks and the optimizer state stay fp32, which keeps losses
+    within 1e-3 of fp32 (a model that is bf16 as a whole drifts far more). fp16 needs GPUs: weights and gradients are fp16 under
+    DeepSpeed's dynamic loss scaling, with fp32 master weights. auto: bf16 where the hardware multiplies it, else fp32."""
+    gradient_checkpointing: bool = False
+    """Compute the activations of every layer again in the backward pass instead of keeping them: less memory for one more forward
+    pass; losses and gradients stay the same."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """Replaces every dropout probability of the model; None keeps the model's own."""
     evaluate_every: Annotated[int, Field(ge=1)] | Annotated[Fraction, Field(gt=0)] | None = None
@@ -85,6 +90,7 @@ class Trained(Strict):
 
     train: TrainConfig
     parallel: ZeroRef | None = None
-    """Name of a file in ds_configs/ (zero0 … zero3) or a path to a DeepSpeed JSON; None: zero0, plain data parallelism."""
+    """Name of a file in ds_configs/ (zero0 … zero3, zero2_offload, …) or a path to a DeepSpeed JSON; None: zero0, plain data
+    parallelism."""
     processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Ranks on this machine; auto: one per GPU, or one without GPUs."""

@@ -12,7 +12,7 @@ from engine.data.sources import SourceConfig, read_rows
 from engine.errors import UserError
 from engine.models import positions_of, require_weights
 from engine.stage import Stage
-from engine.zero import read_zero_config
+from engine.zero import read_zero_config, zero_config_of
 from launch.local import process_count
 from launch.nodes import Place
 from launch.recipe import KINDS
@@ -120,8 +120,10 @@ def _training(stage: Stage[Any], place: Place | None) -> str:
     try:
         processes = process_count(stage, place)
         micro, accumulation = accumulation_steps(train.batch_size, train.micro_batch_size, processes)
-        if stage.config.parallel:
-            read_zero_config(stage.recipe.find_zero(stage.config.parallel), train, micro, accumulation)
+        zero = zero_config_of(stage.config, processes)
+        if zero:
+            # Only the machine that runs the stage can say whether it is able to: this one may be a login node.
+            read_zero_config(stage.recipe.find_zero(zero), train, micro, accumulation)
     except UserError as error:
         raise stage.recipe.error(f"stages.{stage.name}.{stage.kind}.train", f"stage '{stage.name}': {error}") from None
     length = f"{train.epochs:g} epochs" if train.epochs else f"{train.steps:,} steps"

@@ -17,7 +17,7 @@ from engine.data.batches import accumulation_steps
 from engine.errors import USER_ERROR, UserError
 from engine.rank import ERROR_DIRECTORY, LOGS
 from engine.stage import Stage
-from engine.zero import read_zero_config
+from engine.zero import Host, read_zero_config, zero_config_of
 from launch.link import Link, gather, host_name, lives
 from launch.machine import cores, gpus
 from launch.nodes import Place, Supervision, network
@@ -63,7 +63,7 @@ def command(stage: Stage[Any], overrides: list[str], place: Place | None = None,
     arguments += ["--restart"] if stage.restart and not attempt else []
     if not kind.trains:
         return [sys.executable, "-m", kind.module, *arguments]
-    deepspeed = ["--use_deepspeed"] if _needs_deepspeed(stage, processes) else []
+    deepspeed = ["--use_deepspeed"] if zero_config_of(stage.config, processes) else []
     meeting = ["--main_process_port", "0"]
     if place.several:
         # `standard`: every node starts its own ranks; the default, pdsh, would log in to the others.
@@ -76,10 +76,6 @@ def command(stage: Stage[Any], overrides: list[str], place: Place | None = None,
         *("--num_cpu_threads_per_process", str(_threads(processes // place.nodes))),
         *("-m", kind.module, *arguments),
     ]
-
-
-def _needs_deepspeed(stage: Stage[Any], processes: int) -> bool:
-    return bool(stage.config.parallel) or processes > 1
 
 
 def _threads(processes: int) -> int:
@@ -129,10 +125,13 @@ def prepare_operators(stage: Stage[Any], place: Place, say: Callable[[str], None
         UserError: it does not compile here, or the batch does not divide.
     """
     processes = process_count(stage, place)
-    if KINDS[stage.kind].trains and _needs_deepspeed(stage, processes):
+    zero = zero_config_of(stage.config, processes) if KINDS[stage.kind].trains else None
+    if zero:
         train = stage.config.train
-        path = stage.recipe.find_zero(stage.config.parallel or "zero0")
-        config = read_zero_config(path, train, *accumulation_steps(train.batch_size, train.micro_batch_size, processes))
+        split = accumulation_steps(train.batch_size, train.micro_batch_size, processes)
+        config = read_zero_config(
+            stage.recipe.find_zero(zero), train, *split, Host(gpus() > 0, processes // place.nodes, stage.partial)
+        )
         prepare(needed_operators(config, cuda=gpus() > 0), say)
 
 

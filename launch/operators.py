@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.errors import UserError
+from engine.zero import offload_devices
 
 STALE_SECONDS = 60.0
 """A lock this old in whose directory no process works was left by a killed build."""
@@ -28,17 +29,18 @@ class Operator(NamedTuple):
     builder: str
     seconds: int
     """Typical time of the build."""
+    needs: str = "g++ and ninja"
+    """What has to be installed."""
 
 
 SHARED_MEMORY = Operator("deepspeed_shm_comm", "ShareMemCommBuilder", 40)
 CPU_ADAM = Operator("cpu_adam", "CPUAdamBuilder", 140)
-ASYNC_IO = Operator("async_io", "AsyncIOBuilder", 120)
+ASYNC_IO = Operator("async_io", "AsyncIOBuilder", 120, "g++, ninja and libaio (Debian: libaio-dev)")
 
 
 def needed_operators(config: dict[str, Any], cuda: bool) -> list[Operator]:
     """Returns the operators that a run under this DeepSpeed configuration compiles on first use."""
-    zero = config["zero_optimization"]
-    devices = [(zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
+    devices = offload_devices(config["zero_optimization"])
     needed = [] if cuda else [SHARED_MEMORY]
     needed += [CPU_ADAM] if devices[0] != "none" else []
     return needed + ([ASYNC_IO] if "nvme" in devices else [])
@@ -115,6 +117,6 @@ def _build(operator: Operator) -> None:
     if done.returncode:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()] or ["no message"]
         raise UserError(
-            f"DeepSpeed's {operator.name} does not compile here ({lines[0].strip()}): install g++ and ninja "
-            "(see `bothways doctor`), or run with one process and without `parallel`"
+            f"DeepSpeed's {operator.name} does not compile here ({lines[0].strip()}): install {operator.needs} "
+            "(see `bothways doctor`), or choose another `parallel`"
         )

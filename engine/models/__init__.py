@@ -63,7 +63,7 @@ def default_attention() -> str:
     return "sdpa" if torch.cuda.is_available() else "eager"
 
 
-def build_model(shape: ScratchConfig, head: Head, vocab_size: int, pad_id: int) -> PreTrainedModel:
+def build_model(shape: ScratchConfig, head: Head, vocab_size: int, pad_id: int, attention: str | None = None) -> PreTrainedModel:
     """Returns a randomly initialised model; draw with torch.manual_seed before calling."""
     from transformers import AutoConfig
 
@@ -77,7 +77,7 @@ def build_model(shape: ScratchConfig, head: Head, vocab_size: int, pad_id: int) 
         max_position_embeddings=shape.positions,
         pad_token_id=pad_id,
     )
-    return _auto_class(head).from_config(config, attn_implementation=default_attention())
+    return _auto_class(head).from_config(config, attn_implementation=attention or default_attention())
 
 
 def read_config(model: Path | str) -> Any:
@@ -114,7 +114,10 @@ def load_model(
     Raises:
         UserError: no such model, no safetensors weights, unknown architecture, weights that do not fit.
     """
+    import torch
+
     config = read_config(model)
+    config.dtype = torch.float32  # whatever the weights were saved in: training keeps fp32 weights
     attention = attention or default_attention()
     if labels is not None:
         config.num_labels = len(labels)
@@ -206,6 +209,20 @@ def set_dropout(model: PreTrainedModel, probability: float) -> None:
     for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
         if getattr(model.config, key, None) is not None:
             setattr(model.config, key, probability)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Keeps only the inputs of every layer for the backward pass, which computes the layer again (arXiv:1604.06174).
+
+    The random numbers of dropout are drawn again too: losses and gradients stay the same.
+
+    Raises:
+        UserError: the model cannot do that.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(f"train.gradient_checkpointing: models of type '{model.config.model_type}' cannot do that: turn it off")
+    # The reentrant form loses gradients where no input of a layer needs one, and hides layers from ZeRO's hooks.
+    model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def size_of(model: Any) -> dict[str, int]:

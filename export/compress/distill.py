@@ -249,7 +249,7 @@ def run(stage: Stage[DistillConfig]) -> None:
     texts = transfer_texts(config.transfer, stage, held_out) if config.transfer else []
     rows["train"] += [{config.task.text: text} for text in texts]
     data = prepare(rows, task)
-    processes = Processes(config, stage.recipe)
+    processes = Processes(config, stage.recipe, stage.partial)
     student_path = stage.recipe.find_model(config.student.model) if config.student.model else teacher_path
     student = load_model(student_path, "classification", attention=attention)
     if config.student.layers is not None:
