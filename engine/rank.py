@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -19,10 +20,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from engine import heartbeat
 from engine.errors import PREEMPTED, USER_ERROR, UserError, disk_full
 
-ERROR_DIRECTORY = "BOTHWAYS_ERROR_DIRECTORY"
+ERROR_DIRECTORY = heartbeat.DIRECTORY
 """Environment variable: where the ranks of a stage leave their records."""
+LOGS = "BOTHWAYS_RANK_LOGS"
+"""Environment variable: set when each rank writes what it prints to `rank<N>.log` beside its record."""
 RECORD_BYTES = 2**16
 """Size of a record from its beginning on: its end can still be written when the disk has filled up meanwhile."""
 
@@ -88,10 +92,12 @@ def run_rank(work: Callable[[], None], where: str) -> None:
     recorded = ERROR_DIRECTORY in os.environ
     if recorded:
         die_with_parent()
+        _open_files(Path(os.environ[ERROR_DIRECTORY]))
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _stop)
     record = Record(int(os.environ.get("RANK", "0")), os.getpid())
     _write(record)
+    heartbeat.beat("start")
     status, message, collective = 0, "", False
     try:
         work()
@@ -110,6 +116,19 @@ def run_rank(work: Callable[[], None], where: str) -> None:
         sys.exit(status)
 
 
+def _open_files(directory: Path) -> None:
+    """Opens the rank's log where logs are kept, and the file for the stack that its launcher asks for when it is stuck."""
+    rank = os.environ.get("RANK", "0")
+    if os.environ.get(LOGS):
+        log = os.open(directory / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+            stream.flush()
+            os.dup2(log, number)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # Written by a handler in C: it answers in the middle of a collective operation, too.
+    faulthandler.register(signal.SIGUSR2, (directory / f"rank{rank}.stack").open("w"))
+
+
 def _stop(number: int, frame: Any) -> None:
     raise SystemExit(PREEMPTED)
 
@@ -122,7 +141,34 @@ def _explain(error: BaseException, where: str) -> tuple[int, str]:
         return 130, "interrupted"
     if disk_full(error):
         return USER_ERROR, f"disk full while writing {getattr(error, 'filename', None) or where}: free some space and run again"
+    if out_of_memory(error):
+        place = heartbeat.last()
+        return USER_ERROR, f"{memory_message(place)} ({str(error).strip().splitlines()[0][:200]})"
     return 1, traceback.format_exc()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True when memory could not be allocated, on a GPU or on the host."""
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    return "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def memory_message(beat: heartbeat.Beat | None) -> str:
+    """Says in which phase memory ran out and what to change."""
+    smaller = "lower train.micro_batch_size (accumulation makes up for it) or set train.gradient_checkpointing=true"
+    split = "split more over the ranks (parallel: zero2, zero3) or take a ZeRO file with offload"
+    fixes = {
+        "prepare": "read less at once, or use a host with more memory; a model that does not fit needs more ranks",
+        "load": split,
+        "forward": f"{smaller}; if the weights alone do not fit, {split}",
+        "update": f"{smaller}, or {split}",
+        "evaluate": split,
+        "save": "a copy of the weights has to fit into the host's memory: use a host with more of it",
+    }
+    where = f" in {beat.where}" if beat else ""
+    return f"out of memory{where}: {fixes.get(beat.phase if beat else '', f'{smaller}, or {split}')}"
 
 
 def _lost_a_peer(error: BaseException) -> bool:
