@@ -1,7 +1,7 @@
 """The batch script of a stage, from one template that can be read.
 
-A script starts `bothways launch` on each of its nodes, turns Slurm's warning before a preemption or a time limit into a checkpoint,
-and queues itself again. It depends on nothing else of ours: it can be kept, changed and submitted by hand.
+A script starts `bothways launch` on each of its nodes, turns Slurm's warning before a preemption or a time limit into a
+checkpoint, and queues itself again. It depends on nothing else of ours: it can be kept, changed and submitted by hand.
 """
 
 from __future__ import annotations
