@@ -76,7 +76,7 @@ def _run_recipe(*arguments: Any, **options: Any) -> None:
 @contextlib.contextmanager
 def _failing_stage() -> Iterator[None]:
     """Ends the command as a failing stage says."""
-    from launch.local import StageError
+    from launch.watchdog import StageError
 
     try:
         yield

@@ -18,7 +18,7 @@ from typing import Any
 
 from engine.errors import PREEMPTED, UserError
 from engine.rank import read_records
-from launch.local import StageError
+from launch.watchdog import StageError
 
 JOB_FILE = "job.json"
 CANCELLED = "cancelled"
@@ -143,14 +143,13 @@ class Job:
         """Returns (one line, traceback) of what went wrong first in the latest attempt; empty where nothing is known."""
         failed = [record for record in read_records(self.records) if record.status not in (None, 0, PREEMPTED)]
         own = sorted((record for record in failed if not record.collective and record.message), key=lambda record: record.ended)
-        if own:
-            lines = own[0].message.strip().splitlines()
-            return f"rank {own[0].rank}: {lines[-1]}", own[0].message if len(lines) > 1 else ""
+        lines = own[0].message.strip().splitlines() if own else []
+        log = tail(self.log)
         for said_by in ("", r"\w+: "):  # our own commands; else srun or slurmstepd
-            errors = re.findall(rf"^{said_by}error: (.*)$", tail(self.log), flags=re.MULTILINE)
-            if errors:
-                return errors[-1], ""
-        return "", ""
+            errors = re.findall(rf"^{said_by}error: (.*)$", log, flags=re.MULTILINE)
+            if errors and not (said_by and own):
+                return errors[-1], own[0].message if len(lines) > 1 else ""
+        return (f"rank {own[0].rank}: {lines[-1]}", own[0].message if len(lines) > 1 else "") if own else ("", "")
 
 
 def _active(known: str, facts: dict[str, str], events: list[Event]) -> JobState:

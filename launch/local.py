@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from engine.data.batches import accumulation_steps
-from engine.errors import PREEMPTED, USER_ERROR, UserError
-from engine.rank import ERROR_DIRECTORY, Record, read_records
+from engine.errors import USER_ERROR, UserError
+from engine.rank import ERROR_DIRECTORY, LOGS
 from engine.stage import Stage
 from engine.zero import read_zero_config
+from launch.link import Link, gather, host_name, lives
 from launch.machine import cores, gpus
 from launch.nodes import Place, Supervision, network
 from launch.operators import needed_operators, prepare
+from launch.ranks import Ranks, Requests, ending
 from launch.recipe import KINDS
-
-GRACE = 10.0
-"""Seconds that the other ranks of a failed one may take; one that waits for it in a collective operation may never notice."""
-
-
-class StageError(Exception):
-    """A stage that ended without a result.
-
-    Args:
-        status: exit status for the whole command.
-        message: one line.
-        details: a traceback, or nothing.
-    """
-
-    def __init__(self, status: int, message: str, details: str = "") -> None:
-        super().__init__(message)
-        self.status = status
-        self.details = details
+from launch.watchdog import StageError, Verdict, judge, may_restart
 
 
 def process_count(stage: Stage[Any], place: Place | None = None) -> int:
@@ -107,36 +92,63 @@ def run_stage(
     say: Callable[[str], None],
     place: Place | None = None,
     supervision: Supervision | None = None,
+    link: Link | None = None,
 ) -> None:
-    """Runs one stage to its end; its output goes where ours goes.
+    """Runs one stage to its end on this host, or as node 0 of several; its output goes where ours goes.
 
     SIGINT, SIGTERM and SIGUSR1 are passed on as a request to save a checkpoint and stop; the second one kills.
 
     Raises:
         UserError: bad input.
-        StageError: it crashed, was killed or was asked to stop.
+        StageError: it crashed, was killed or was asked to stop, and was not to be started again.
     """
     place, supervision = place or Place(), supervision or Supervision()
+    link = link if KINDS[stage.kind].trains else None
+    prepare_operators(stage, place, say)
+    with Requests() as requests, records_of(supervision) as records:
+        for attempt in itertools.count():
+            if link:
+                gather(link, stage.name, attempt, requests, say)
+            with ending(start(stage, overrides, place if link else Place(), supervision, records, attempt)) as ranks:
+                verdict = _watch(stage, ranks, requests, supervision.heartbeat_limit, link)
+                verdict = verdict and replace(verdict, details=verdict.details or ranks.stacks(verdict.stuck))
+            if link:
+                link.command(verdict=verdict and replace(verdict, details=""), stage=stage.name if verdict else None, go=False)
+            if verdict is None:
+                return
+            if requests.signals or not may_restart(verdict, attempt, supervision.max_restarts):
+                raise failure(verdict)
+            say(f"restart {attempt + 1} of {supervision.max_restarts}: {verdict.message}")
+
+
+def prepare_operators(stage: Stage[Any], place: Place, say: Callable[[str], None]) -> None:
+    """Compiles what DeepSpeed would compile on first use.
+
+    Raises:
+        UserError: it does not compile here, or the batch does not divide.
+    """
     processes = process_count(stage, place)
     if KINDS[stage.kind].trains and _needs_deepspeed(stage, processes):
         train = stage.config.train
         path = stage.recipe.find_zero(stage.config.parallel or "zero0")
         config = read_zero_config(path, train, *accumulation_steps(train.batch_size, train.micro_batch_size, processes))
         prepare(needed_operators(config, cuda=gpus() > 0), say)
-    with _records(supervision) as records:
-        threads = str(_threads(processes // place.nodes))
-        environment = {**os.environ, **network(place), ERROR_DIRECTORY: str(records), "OMP_NUM_THREADS": threads}
-        environment |= {} if gpus() else {"DS_ACCELERATOR": "cpu"}  # else DeepSpeed warns that it found no GPU
-        # A session of its own: a terminal's Ctrl-C reaches only this process, which passes it on.
-        process = subprocess.Popen(command(stage, overrides, place), env=environment, start_new_session=True)
-        asked = _wait(process, records)
-        # A process can die in its teardown after all was done: the published directory decides.
-        if process.returncode and not stage.finished():
-            _explain(stage, process.returncode, read_records(records), asked)
+
+
+def start(stage: Stage[Any], overrides: list[str], place: Place, supervision: Supervision, records: Path, attempt: int) -> Ranks:
+    """Starts the ranks of a stage on this node."""
+    processes = process_count(stage, place) // place.nodes
+    threads = str(_threads(processes))
+    environment = {**os.environ, **network(place), ERROR_DIRECTORY: str(records), "OMP_NUM_THREADS": threads}
+    environment |= {} if gpus() else {"DS_ACCELERATOR": "cpu"}  # else DeepSpeed warns that it found no GPU
+    environment |= {LOGS: "1"} if supervision.records else {}
+    numbers = range(place.rank * processes, (place.rank + 1) * processes)
+    return Ranks(command(stage, overrides, place, attempt), environment, numbers, records, bool(supervision.records))
 
 
 @contextlib.contextmanager
-def _records(supervision: Supervision) -> Iterator[Path]:
+def records_of(supervision: Supervision) -> Iterator[Path]:
+    """The directory of the ranks' records: the one that was asked for, or one that is removed again."""
     if supervision.records is None:
         with tempfile.TemporaryDirectory(prefix="bothways-") as records:
             yield Path(records)
@@ -145,63 +157,34 @@ def _records(supervision: Supervision) -> Iterator[Path]:
         yield supervision.records.absolute()
 
 
-def _wait(process: subprocess.Popen[bytes], records: Path) -> int | None:
-    """Waits for the end of `process`; returns the signal that asked for it, if one did."""
-    asked: list[int] = []
-    told: set[int] = set()
-    failed_at: float | None = None
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in numbers}
-    try:
-        while process.poll() is None and len(asked) < 2:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=0.3)
-            ranks = read_records(records)
-            # Again and again: a rank may come up only after the request.
-            for rank in ranks if asked else []:
-                if rank.status is None and rank.pid not in told:
-                    told.add(rank.pid)
-                    _signal(rank.pid, signal.SIGUSR1)
-            if any(rank.status for rank in ranks):
-                failed_at = failed_at or time.monotonic()
-                if time.monotonic() - failed_at > GRACE:
-                    break
-    finally:
-        # The ranks die with their launcher (PR_SET_PDEATHSIG): nothing is left behind.
-        process.kill()
-        process.wait()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return asked[0] if asked else None
+def _watch(stage: Stage[Any], ranks: Ranks, requests: Requests, limit: float, link: Link | None) -> Verdict | None:
+    """Watches one attempt; returns what ended it, or None when the stage has been published."""
+    failing: float | None = None
+    while True:
+        ranks.wait()
+        if requests.urgent:
+            ranks.end()
+        elif requests.first:
+            ranks.ask_to_stop()
+        life = ranks.life(0, host_name(), requests.first)
+        # A process can die in its teardown after all was done: the published directory decides.
+        if life.exited == 0 or (life.exited is not None and stage.finished()):
+            return None
+        nodes = [life]
+        if link:
+            link.say(life=life)
+            nodes += lives(link, stage.name, link.order.attempt)
+            if any(node.asked for node in nodes):
+                ranks.ask_to_stop()
+        if any(node.exited or any(rank.failed for rank in node.ranks) for node in nodes):
+            failing = failing or time.monotonic()
+        verdict = judge(stage.name, nodes, limit, time.monotonic() - failing if failing else 0.0)
+        if verdict:
+            return verdict
 
 
-def _signal(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def _explain(stage: Stage[Any], code: int, records: list[Record], asked: int | None) -> None:
-    """Raises what ended the stage: the first rank that failed by itself, not those that it took along."""
-    ended = sorted((record for record in records if record.status), key=lambda record: record.ended)
-    causes = [record for record in ended if record.status != PREEMPTED and not record.collective]
-    killed = [record for record in records if record.status is None]
-    if causes and causes[0].status == USER_ERROR:
-        raise UserError(causes[0].message)
-    if causes:
-        _raise_crash(stage, causes[0])
-    if asked:
-        status = 130 if asked == signal.SIGINT else PREEMPTED
-        raise StageError(status, f"stage '{stage.name}' was asked to stop: run again to go on")
-    if killed:
-        who = f"process {killed[0].rank} of stage '{stage.name}'"
-        raise StageError(1, f"{who} was killed: out of memory, or killed by hand; run again to go on")
-    if any(record.status == PREEMPTED for record in ended):
-        raise StageError(PREEMPTED, f"stage '{stage.name}' was asked to stop: run again to go on")
-    if ended:
-        _raise_crash(stage, ended[0])
-    raise StageError(1, f"stage '{stage.name}' could not be started (exit status {code})")
-
-
-def _raise_crash(stage: Stage[Any], record: Record) -> None:
-    last = record.message.strip().splitlines()[-1] if record.message.strip() else f"exit status {record.status}"
-    raise StageError(1, f"stage '{stage.name}' crashed in process {record.rank}: {last}", record.message)
+def failure(verdict: Verdict) -> Exception:
+    """Returns a verdict as the exception that ends the command."""
+    if verdict.status == USER_ERROR:
+        return UserError(verdict.message)
+    return StageError(verdict.status, verdict.message, verdict.details)

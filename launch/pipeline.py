@@ -17,11 +17,14 @@ from rich.table import Table
 
 from engine.config import Recipe, load_recipe
 from engine.errors import UserError, did_you_mean
-from engine.stage import Stage, read_stage
+from engine.stage import Stage, digest, read_stage
 from launch.check import check_recipe
-from launch.local import StageError, run_stage
+from launch.follow import Follower
+from launch.link import Link, Report, host_name, leading
+from launch.local import run_stage
 from launch.nodes import Place, Supervision
-from launch.recipe import KINDS, load_stages
+from launch.recipe import load_stages
+from launch.watchdog import NodeLife, StageError
 
 FAILURE = "failure.txt"
 """Why an interrupted stage has stopped, in its working directory."""
@@ -67,36 +70,48 @@ def run_recipe(
     place.check(supervision)
     check_recipe(recipe, chosen, place)
     require_finished(recipe, chosen)
+    say = functools.partial(console.print, markup=False, soft_wrap=True)
+    setup = _setup(chosen, place)
+    if place.rank:
+        report = Report(NodeLife(place.rank, host_name()), setup)
+        with Link(place, recipe.runs / recipe.name, report) as link:
+            Follower(recipe, overrides, restart, place, supervision, link).run(say)
+        return
+    with contextlib.ExitStack() as context:
+        context.enter_context(_alone_in(recipe.runs / recipe.name, console.print))
+        link0 = None
+        if place.several:
+            link0 = context.enter_context(Link(place, recipe.runs / recipe.name, Report(NodeLife(0, host_name()), setup)))
+            context.enter_context(leading(link0))
+        ran = _run(chosen, restart, console, lambda stage: run_stage(stage, overrides, _indented(say), place, supervision, link0))
+        console.print(summary(stages, ran))
+        _report(recipe, stages, bool(ran), console)
+
+
+def _run(chosen: list[Stage[Any]], restart: bool, console: Console, run: Callable[[Stage[Any]], None]) -> list[str]:
+    """Runs what is not finished; returns the names of what has run."""
     ran: list[str] = []
-    # Node 0 keeps everybody else out of the run directory for all of them.
-    with _alone_in(recipe.runs / recipe.name, console.print) if place.rank == 0 else contextlib.nullcontext():
-        for number, stage in enumerate(chosen, 1):
-            if place.rank and not KINDS[stage.kind].trains:
-                continue
-            _await_inputs(recipe, stage, place)
-            title = f"[{number}/{len(chosen)}] {stage.name} ({stage.kind})"
-            if stage.finished():
-                console.print(f"{title}: skipped, unchanged", markup=False)
-                continue
-            console.print(title, style="bold", markup=False)
-            stage.restart = restart
-            say = functools.partial(console.print, markup=False, soft_wrap=True)
-            with _failure_kept(stage):
-                run_stage(stage, overrides, lambda text, say=say: say(f"  {text}"), place, supervision)
-            ran.append(stage.name)
-        if place.rank == 0:
-            console.print(summary(stages, ran))
-            _report(recipe, stages, bool(ran), console)
+    for number, stage in enumerate(chosen, 1):
+        title = f"[{number}/{len(chosen)}] {stage.name} ({stage.kind})"
+        if stage.finished():
+            console.print(f"{title}: skipped, unchanged", markup=False)
+            continue
+        console.print(title, style="bold", markup=False)
+        stage.restart = restart
+        with _failure_kept(stage):
+            run(stage)
+        ran.append(stage.name)
+    return ran
 
 
-def _await_inputs(recipe: Recipe, stage: Stage[Any], place: Place) -> None:
-    """Waits on the other nodes until node 0 has finished what a stage reads."""
-    while place.rank:
-        # Read anew: a stage remembers the hashes of its inputs.
-        fresh = {other.name: other for other in load_stages(recipe)}
-        if all(read_stage(fresh[name].directory) and fresh[name].finished() for name in stage.upstream()):
-            return
-        time.sleep(1)
+def _indented(say: Callable[[str], None]) -> Callable[[str], None]:
+    return lambda text: say(f"  {text}")
+
+
+def _setup(chosen: list[Stage[Any]], place: Place) -> str:
+    """Returns a digest of what all nodes have to agree on."""
+    sections = {stage.name: stage.config.model_dump(mode="json") for stage in chosen}
+    return digest({"nodes": place.nodes, "ranks": place.total, "sections": sections})
 
 
 def choose_stages(stages: list[Stage[Any]], only: list[str] | None) -> list[Stage[Any]]:
