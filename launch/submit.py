@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -20,7 +21,7 @@ from launch.check import check_recipe
 from launch.jobs import JOB_FILE, Job, last_line, latest
 from launch.nodes import Place
 from launch.pipeline import choose_stages, require_finished
-from launch.recipe import KINDS, load_stages
+from launch.recipe import load_stages
 from launch.slurm import Batch, BatchOptions, Task
 from launch.sweep import Variant, expand_sweep
 
@@ -37,20 +38,15 @@ class Submission:
         for stage in self.stages:
             yield stage, self.batch.script(stage)
 
-    def path(self, stage: Stage[Any]) -> Path:
-        """Where the script of a stage lies while it is submitted."""
-        return self.batch.jobs / f"{stage.name}.sbatch"
-
-    def command(self, stage: Stage[Any], after: str | None, *more: str) -> list[str]:
-        """Returns the command that submits a stage.
+    def command(self, stage: Stage[Any], after: str | None) -> list[str]:
+        """Returns the command that submits the script of a stage.
 
         Args:
             after: id of the job before it, if there is one.
-            more: further options.
         """
         # A stage whose inputs will never be made must not wait for them for ever.
         wait = [f"--dependency={self.batch.after}:{after}", "--kill-on-invalid-dep=yes"] if after else []
-        return ["sbatch", *more, *wait, str(self.path(stage))]
+        return ["sbatch", "--parsable", *wait]
 
 
 def prepare_submission(
@@ -112,14 +108,12 @@ def _require_no_jobs(recipe: Recipe, stages: list[Stage[Any]]) -> None:
 
 
 def dry_run(submission: Submission) -> str:
-    """Returns the scripts and the commands that would submit them, as one shell script could."""
+    """Returns the scripts and, as comments, the commands that would submit them."""
     shown, before = [], None
     for stage, text in submission.scripts():
-        command = submission.command(stage, "AFTER" if before else None, "--parsable")
-        line = shlex.join(command).replace("AFTER", f"${before}")
-        variable = "job_" + stage.name.replace("-", "_")
-        shown.append(f"# ---- {submission.path(stage)}\n{text}\n# ---- submitted by\n# {variable}=$({line})\n")
-        before = variable
+        command = " ".join([*submission.command(stage, f"${before}" if before else None), f"{stage.name}.sbatch"])
+        before = "job_" + stage.name.replace("-", "_")
+        shown.append(f"# ---- {stage.name}.sbatch, submitted by: {before}=$({command})\n{text}\n")
     return "\n".join(shown)
 
 
@@ -134,22 +128,25 @@ def submit(submission: Submission, say: Callable[[str], None]) -> list[Job]:
     """
     _require_sbatch()
     scripts = list(submission.scripts())
-    submission.batch.jobs.mkdir(parents=True, exist_ok=True)
+    directory = submission.batch.jobs
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)  # Slurm does not make it for the jobs' logs
     submitted: list[str] = []
     jobs: list[Job] = []
     for stage, text in scripts:
-        path = submission.path(stage)
-        path.write_text(text)
-        command = submission.command(stage, submitted[-1] if submitted else None, "--parsable")
-        done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+        command = submission.command(stage, submitted[-1] if submitted else None)
+        done = subprocess.run(command, input=text, capture_output=True, text=True, env=_environment())
         if done.returncode:
-            for job in reversed(submitted):
-                subprocess.run(["scancel", job], capture_output=True)
-            path.unlink()
+            if submitted:
+                subprocess.run(["scancel", *submitted], capture_output=True)
+            for job in jobs:
+                shutil.rmtree(job.directory)
+            with contextlib.suppress(OSError):  # not empty
+                for path in made:
+                    path.rmdir()
             raise UserError(f"sbatch refused stage '{stage.name}': {last_line(done.stderr)}; nothing has been submitted")
         number = done.stdout.strip().partition(";")[0]
-        jobs += _record(submission, stage, number, command)
-        path.unlink()
+        jobs += _record(submission, stage, text, number, command)
         after = f", after job {submitted[-1]}" if submitted else ""
         tasks = f" ({len(submission.batch.tasks)} tasks)" if submission.batch.array else ""
         say(f"{stage.name}: job {number}{tasks}{after}")
@@ -157,23 +154,22 @@ def submit(submission: Submission, say: Callable[[str], None]) -> list[Job]:
     return jobs
 
 
-def _record(submission: Submission, stage: Stage[Any], number: str, command: list[str]) -> list[Job]:
+def _record(submission: Submission, stage: Stage[Any], text: str, number: str, command: list[str]) -> list[Job]:
     """Writes down what has been submitted, in the run directory of every task."""
     batch = submission.batch
     facts = {
         "stage": stage.name,
-        "trains": KINDS[stage.kind].trains,
         "stages": list(stage.recipe.stages),
         "recipe": str(batch.recipe.absolute()),
         "submitted": time.time(),
-        "command": shlex.join(command),
+        "command": shlex.join([*command, f"{stage.name}.sbatch"]),
         "logs": str(batch.jobs),
     }
     jobs = []
     for index, task in enumerate(batch.tasks):
         directory = task.run / "jobs" / (f"{number}_{index}" if batch.array else number)
         directory.mkdir(parents=True, exist_ok=True)
-        shutil.copy(submission.path(stage), directory)
+        (directory / f"{stage.name}.sbatch").write_text(text)
         part = directory / "job.tmp"
         part.write_text(json.dumps({**facts, "settings": task.settings}, indent=1) + "\n")
         part.rename(directory / JOB_FILE)
@@ -189,8 +185,7 @@ def try_submission(submission: Submission, say: Callable[[str], None]) -> None:
     """
     _require_sbatch()
     for stage, text in submission.scripts():
-        command = ["sbatch", "--test-only"]
-        done = subprocess.run(command, input=text, capture_output=True, text=True)
+        done = subprocess.run(["sbatch", "--test-only"], input=text, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"sbatch would refuse stage '{stage.name}': {last_line(done.stderr)}")
         say(f"{stage.name}: {last_line(done.stderr)}")

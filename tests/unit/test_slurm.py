@@ -315,8 +315,9 @@ def test_the_dry_run_needs_no_slurm_and_shows_the_whole_chain(call, tmp_path):
     assert (status, err) == (0, "")
     assert out.count("#!/bin/bash") == len(CHAIN)
     assert subprocess.run(["bash", "-n"], input=out, text=True).returncode == 0
-    assert f"# job_base=$(sbatch --parsable {tmp_path}/runs/tiny/jobs/base.sbatch)" in out
-    assert "# job_teacher=$(sbatch --parsable --dependency=afterok:$job_base --kill-on-invalid-dep=yes" in out
+    assert "# ---- base.sbatch, submitted by: job_base=$(sbatch --parsable base.sbatch)\n" in out
+    chained = "sbatch --parsable --dependency=afterok:$job_base --kill-on-invalid-dep=yes teacher.sbatch"
+    assert f"# ---- teacher.sbatch, submitted by: job_teacher=$({chained})\n" in out
     assert not (tmp_path / "runs").exists()
 
 
