@@ -73,7 +73,8 @@ def prepare_submission(
         stages = load_stages(recipe)
         chosen = choose_stages(stages, only)
         here = options.gpus_per_node or options.processes_per_node
-        check_recipe(recipe, chosen, Place(options.nodes, per_node=here) if options.nodes > 1 or here else None)
+        # Without a number the nodes' GPUs decide, which this machine does not know.
+        check_recipe(recipe, chosen, Place(options.nodes, per_node=here) if here else None)
         require_finished(recipe, chosen)
         left = _unfinished(chosen)
         if left:
