@@ -123,13 +123,13 @@ def status(
 
     found = {}
     for path in runs_or_recipes:
-        run, stages = _find(path, runs)
-        found[run] = status_of(run, stages)
+        run, names = _find(path, runs)
+        found[run] = status_of(run, names)
     if as_json:
         print(json.dumps({str(run): [stage.as_json() for stage in stages] for run, stages in found.items()}, indent=1))
         return
-    for run, stages in found.items():
-        print(show(run, stages))
+    for run, shown in found.items():
+        print(show(run, shown))
 
 
 def logs(

@@ -130,6 +130,8 @@ class Job:
             text = "" if events else "before it had started; so are jobs that wait for a stage which did not finish"
             return JobState("cancelled", text, status=PREEMPTED)
         reason, details = self._reason()
+        if events and events[-1].word == "terminated":
+            reason = reason or "Slurm terminated it: its time limit, a lost node or scancel"
         ending = ENDINGS.get(known) or reason or ("it ended without a word" if events else "Slurm does not know it")
         return JobState("cancelled" if known == "CANCELLED" else "failed", ending, details, status=1)
 

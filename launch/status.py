@@ -126,8 +126,8 @@ def _running(run: Path, name: str, text: str, job: str | None, records: Path | N
     steps = [beat.step for beat in beats if beat.step is not None]
     step = max([*steps, *([step] if step is not None else [])], default=None)
     left = (total - step) * pace if total and pace and step is not None else None
-    age = oldest.age_seconds if oldest else None
-    return StageStatus(name, "running", text, job, step, total, speed, left, oldest and oldest.where, age)
+    phase, age = (oldest.where, oldest.age_seconds) if oldest else (None, None)
+    return StageStatus(name, "running", text, job, step, total, speed, left, phase, age)
 
 
 def _progress(partial: Path) -> tuple[int | None, int | None, float | None, float | None]:

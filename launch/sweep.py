@@ -28,7 +28,8 @@ def expand_sweep(sweeps: list[str]) -> list[Variant]:
     Raises:
         UserError: no key or no values, a key or a combination that comes twice.
     """
-    keys, choices = [], []
+    keys: list[str] = []
+    choices: list[list[str]] = []
     for sweep in sweeps:
         key, equals, text = sweep.partition("=")
         values = split_values(text)
