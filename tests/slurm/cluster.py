@@ -30,8 +30,8 @@ SlurmctldPort={ports[0]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A requeued job starts again only after this time; the default is 120 s.
-AuthInfo=socket={directory}/munge.sock,cred_expire=3
+# A requeued job starts again only after this time; below 5 s the default of 120 s is taken.
+AuthInfo=socket={directory}/munge.sock,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/spool-%n
