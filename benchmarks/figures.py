@@ -94,6 +94,13 @@ def write_result(name: str, command: str, commit: str, figures: dict[str, Figure
     return path
 
 
+def merge_result(name: str, command: str, commit: str, figures: dict[str, Figure]) -> Path:
+    """Writes figures into `results/NAME.json`, beside those that were measured at the same commit; others are dropped."""
+    before = read_results().get(name, {})
+    kept = before["figures"] if before.get("commit") == commit else {}
+    return write_result(name, command, commit, {**kept, **figures})
+
+
 def head() -> str:
     """Returns the commit that is checked out, with `-dirty` when tracked files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import math
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree
 
+from engine import heartbeat
 from engine.config import Recipe
 from engine.data.batches import accumulation_steps
 from engine.errors import UserError
@@ -30,8 +33,15 @@ PATIENCE = timedelta(hours=6)
 Loss = Callable[[torch.nn.Module, Batch], tuple[torch.Tensor, torch.Tensor]]
 
 
+class Asked(Exception):  # noqa: N818 - nothing has gone wrong
+    """The ranks were asked to stop, and have agreed on it."""
+
+
 class Processes:
     """The ranks of this stage: who they are and how they agree."""
+
+    asked = False
+    """This rank has got a SIGTERM or SIGUSR1."""
 
     def __init__(self, config: Trained, recipe: Recipe) -> None:
         self.train = train = config.train
@@ -44,6 +54,7 @@ class Processes:
         # DeepSpeed stage 0 is plain data parallelism; one process needs no engine.
         name = config.parallel or ("zero0" if self.processes > 1 else None)
         self.parallel = recipe.find_zero(name) if name else None
+        self.zero_stage = 0
         self.cuda = torch.cuda.is_available()
         self.micro, self.accumulation = accumulation_steps(train.batch_size, train.micro_batch_size, self.processes)
         self.accelerator = self._accelerator()
@@ -68,6 +79,9 @@ class Processes:
             os.environ.setdefault(key, value)
         os.environ.setdefault("MASTER_PORT", str(_free_port()))
         config = read_zero_config(self.parallel, self.train, self.micro, self.accumulation)
+        self.zero_stage = config["zero_optimization"]["stage"]
+        if self.zero_stage == 0:
+            config["gradient_clipping"] = 0.0  # the trainer clips replicated gradients itself, and learns their norm
         with contextlib.redirect_stdout(io.StringIO()):  # every rank would print that an operator was built
             accelerator = Accelerator(
                 gradient_accumulation_steps=self.accumulation,
@@ -98,6 +112,16 @@ class Processes:
         if self.cuda:
             return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
         return "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+    def poll(self) -> None:
+        """Called before every batch of an evaluation: shows that this rank is alive.
+
+        Raises:
+            Asked: some rank was asked to stop; raised on all of them.
+        """
+        heartbeat.beat("evaluate")
+        if self.sum(self.asked)[0]:
+            raise Asked
 
     def barrier(self) -> None:
         """Waits for all ranks."""
@@ -151,7 +175,7 @@ class _LossModule(torch.nn.Module):
 
 
 class Trainer:
-    """One model in training: optimizer steps, consolidated weights, checkpoints of its shards."""
+    """One model in training: optimizer steps, consolidated weights, snapshots of its shards."""
 
     def __init__(self, processes: Processes, model: torch.nn.Module, loss: Loss) -> None:
         self.processes = processes
@@ -160,46 +184,79 @@ class Trainer:
         module = _LossModule(model, loss, processes.precision == "bf16", processes.device.type)
         self.engine, self.optimizer = accelerator.prepare(module, build_optimizer(module, processes.train))
         self.model: Any = accelerator.unwrap_model(self.engine).model
+        self.sharded = processes.zero_stage > 0
+        """The state of the optimizer is spread over the ranks; otherwise every rank holds all of it."""
 
-    def step(self, micro_batches: list[Batch], step: int, learning_rate: float, count: float) -> tuple[float, float | None]:
-        """One optimizer step.
+    def step(
+        self, micro_batches: list[Batch], step: int, learning_rate: float, count: float, accept: Callable[[float], bool]
+    ) -> tuple[float, float]:
+        """One optimizer step, which is left out when its loss is not accepted or its gradient is not finite.
 
         Args:
             micro_batches: this rank's share of the global batch.
             step: number of the step; with the seed it determines dropout.
             learning_rate: of this step.
             count: valid targets of the whole step, over all ranks and micro batches: the one divisor of the loss.
+            accept: says of the step's mean loss, the same on all ranks, whether the weights may follow its gradient.
 
         Returns:
-            (loss summed over this rank's targets, global gradient norm before clipping or None where the engine hides it).
+            (mean loss over the step's targets on all ranks, global gradient norm before clipping); a norm that is not finite
+            says that nothing was changed.
         """
-        processes, accelerator = self.processes, self.processes.accelerator
+        processes = self.processes
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        # The wrappers average over ranks and accumulation steps; undo that, then divide once by the true count.
-        scale = processes.processes * processes.accumulation / count
-        total, norm = torch.zeros((), device=processes.device), None
+        # DeepSpeed averages over ranks and accumulation steps; undo that, then divide once by the true count.
+        scale = (processes.processes * processes.accumulation if processes.parallel else 1) / count
+        total, mean, accepted = torch.zeros((), device=processes.device), math.nan, True
+        last = len(micro_batches) - 1
         for index, batch in enumerate(micro_batches):
+            heartbeat.beat("forward", step)
             torch.manual_seed(torch_seed(self.seed, "dropout", step, index * processes.processes + processes.rank))
             batch = {name: value.to(processes.device) for name, value in batch.items() if torch.is_tensor(value)}
-            with accelerator.accumulate(self.engine):
-                loss, _ = self.engine(batch)
-                accelerator.backward(loss * scale)
-                if accelerator.sync_gradients and processes.parallel is None:
-                    norm = float(accelerator.clip_grad_norm_(self.engine.parameters(), processes.train.clip))
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+            loss, _ = self.engine(batch)
             total += loss.detach()
-        if processes.parallel is not None:
-            known = self.engine.get_global_grad_norm()
-            # -1 is DeepSpeed's word for a norm that is not finite.
-            norm = None if known is None else float(known) if known >= 0 else math.nan
-        return float(total), norm
+            heartbeat.beat("update", step)
+            if index == last:
+                mean = processes.sum(float(total))[0] / count
+                accepted = accept(mean)
+            # A gradient that is not finite makes ZeRO drop the step and clean up after itself.
+            self._backward(loss * (scale if accepted or not self.sharded else math.nan), last=index == last)
+        norm = self._sharded_update() if self.sharded else self._replicated_update(accepted)
+        return mean, norm
+
+    def _backward(self, loss: torch.Tensor, last: bool) -> None:
+        if self.processes.parallel is None:
+            loss.backward()
+            return
+        self.engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self.engine.backward(loss)
+
+    def _sharded_update(self) -> float:
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        # -1 is DeepSpeed's word for a norm that is not finite.
+        return norm if norm >= 0 else math.nan
+
+    def _replicated_update(self, accepted: bool) -> float:
+        parameters = [parameter for parameter in self.engine.parameters() if parameter.grad is not None]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.processes.train.clip)) if accepted else math.nan
+        if not math.isfinite(norm):
+            for parameter in parameters:
+                parameter.grad = None
+        if self.processes.parallel is not None:
+            self.engine.step()  # parameters without a gradient stay as they are
+        elif math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Returns the consolidated weights on the main rank's CPU memory; every rank must call it."""
+        """Returns a copy of the consolidated weights in the main rank's CPU memory; every rank must call it."""
         # ZeRO-3 gives None to all ranks but the main one.
         state = self.processes.accelerator.get_state_dict(self.engine) or {}
+        if not self.sharded:
+            state = copied(state)
         weights = {name.removeprefix("model."): tensor for name, tensor in state.items()}
         # ZeRO hands out a copy for every name of a tied weight: tie them again, so that they are saved once.
         first: dict[int, str] = {}
@@ -209,13 +266,76 @@ class Trainer:
                 weights[name] = weights[source]
         return weights
 
-    def save_shards(self, directory: Path) -> None:
-        """Saves weights and optimizer state as this world's shards; every rank must call it."""
-        self.processes.accelerator.save_state(str(directory))
+    def snapshot(self, directory: Path) -> dict[Path, Any]:
+        """Copies weights and optimizer state to CPU memory; every rank must call it.
 
-    def load_shards(self, directory: Path) -> None:
-        """Loads what `save_shards` saved at the same number of ranks."""
-        self.processes.accelerator.load_state(str(directory))
+        Args:
+            directory: where the files will lie; it exists. ZeRO's offloaded tensors are copied there at once, from disk to disk.
+
+        Returns:
+            {file: what `torch.save` has to write into it} of this rank.
+        """
+        if not self.sharded:
+            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+            return {directory / REPLICATED: copied(state)} if self.processes.main else {}
+        from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+        files: dict[Path, Any] = {}
+
+        class Memory(TorchCheckpointEngine):
+            def save(self, state_dict: Any, path: str) -> None:
+                files[Path(path)] = copied(state_dict)
+
+            def preserves_storage_sharing(self) -> bool:
+                return False  # else DeepSpeed copies everything once more
+
+        before, self.engine.checkpoint_engine = self.engine.checkpoint_engine, Memory()
+        try:
+            self.engine.save_checkpoint(str(directory), tag=SHARDS, save_latest=False)
+        finally:
+            self.engine.checkpoint_engine = before
+        return files
+
+    def restore(self, directory: Path, universal: bool = False) -> None:
+        """Loads what a snapshot wrote, at the same number of ranks or, converted, at any; every rank must call it.
+
+        Args:
+            directory: of the snapshot, or of its universal form.
+            universal: it is a universal checkpoint (arXiv:2406.18820) of DeepSpeed's `ds_to_universal`.
+        """
+        if not self.sharded:
+            state = torch.load(directory / REPLICATED, map_location="cpu", weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            return
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        self.engine._config.load_universal_checkpoint = universal
+        try:
+            loaded, _ = self.engine.load_checkpoint(str(directory), tag=SHARDS)
+        finally:
+            self.engine._config.load_universal_checkpoint = False
+        if universal:
+            # DeepSpeed gives every group the settings (weight decay) of the first one, and all of them one counter of steps.
+            for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update(own)
+            for state in self.engine.optimizer.optimizer.state.values():
+                if torch.is_tensor(state.get("step")):
+                    state["step"] = state["step"].clone()
+        if loaded is None:
+            raise RuntimeError(f"{directory}: DeepSpeed found no checkpoint in it")
+
+
+REPLICATED, SHARDS = "replicated.pt", "shards"
+"""File of a state that every rank holds; directory of DeepSpeed's files of one that is spread."""
+
+
+def copied(value: Any) -> Any:
+    """Returns a copy in CPU memory of nested containers of tensors; it shares nothing with what training changes."""
+
+    def leaf(item: Any) -> Any:
+        return item.detach().to("cpu", copy=True) if torch.is_tensor(item) else copy.copy(item)
+
+    return torch.utils._pytree.tree_map(leaf, value)
 
 
 def _hush(cuda: bool) -> None:

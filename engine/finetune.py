@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
+from engine import heartbeat
 from engine.config import ModelRef
 from engine.data.splits import DataConfig, load_splits
 from engine.stage import Stage, stage_main
@@ -70,7 +71,7 @@ def run(stage: Stage[FinetuneConfig]) -> None:
         stage.begin()
     processes.barrier()
     batches = LabelledBatches(data.examples["train"], task, config.train.batch_size, stage.seed)
-    judge = Judge(lambda model, ranks: data.evaluate(model, "validation", ranks)[0], "accuracy", True)
+    judge = Judge(lambda model, ranks: data.evaluate(model, "validation", ranks)[0], "accuracy", True, data.probe)
     save = saver(model, task.tokenizer)
     fit = Fit(processes, model, task.loss, batches, judge, save, stage.partial, stage.name, stage.seed)
     fit.tracker.say(f"{processes.describe}; {data.describe}")
@@ -90,24 +91,21 @@ def saver(model: Any, tokenizer: Any) -> Any:
 
 
 def hand_over(stage: Stage[Any], processes: Processes, data: Prepared, state: TrainState, weights: Path, started: float) -> None:
-    """Re-opens the saved weights, proves that they are the ones that were validated, judges them on every split, publishes.
+    """Re-opens the saved weights, proves that they give the logits of the run, judges them on every split, publishes.
 
     Raises:
-        RuntimeError: the re-opened model scores differently: the saved weights are not those of the run.
+        RuntimeError: the re-opened model gives other logits: the saved weights are not those of the run.
     """
     from engine.evaluate import evaluate_classifier
+    from engine.loop import same_logits
     from engine.models import load_model, size_of
 
+    heartbeat.beat("finish")
     model = load_model(weights, "classification").to(processes.device)
+    same_logits(data.probe(model), state.probe, weights)
     metrics = data.judge(
-        lambda examples: evaluate_classifier(model, data.task, examples, processes.gather, processes.rank, processes.processes),
-        stage.output if processes.main else None,
+        lambda examples: evaluate_classifier(model, data.task, examples, processes), stage.output if processes.main else None
     )
-    if stage.config.train.keep == "best" and state.best is not None:
-        found = metrics["validation"]["accuracy"]
-        one_example = 100.0 / metrics["validation"]["examples"]
-        if abs(found - state.best) > one_example + 1e-6:
-            raise RuntimeError(f"{weights}: re-opened weights score {found:.3f} where the run measured {state.best:.3f}")
     if processes.main:
         shutil.copytree(weights, stage.output, dirs_exist_ok=True)
         shutil.copy(stage.partial / "history.jsonl", stage.output)

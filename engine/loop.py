@@ -5,18 +5,25 @@ from __future__ import annotations
 import math
 import shutil
 import signal
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from engine import heartbeat
 from engine.checkpoint import Checkpoints, TrainState, step_numbers
-from engine.distributed import Batch, Loss, Processes, Trainer
+from engine.distributed import Asked, Batch, Loss, Processes, Trainer
 from engine.errors import PREEMPTED, UserError
 from engine.schedule import Schedule
 from engine.stage import publish
 from engine.tracking import LOG_EVERY, Tracker
+
+SPIKE_WINDOW = 50
+"""Steps whose median loss a spike is measured against."""
+SAME_LOGITS = 1e-3
+"""Largest difference of logits, relative to the largest one, between a model and its re-opened weights."""
 
 
 class Batches(Protocol):
@@ -35,12 +42,27 @@ class Judge:
     evaluate: Callable[[Any, Processes], dict[str, float]]
     metric: str
     higher_is_better: bool
+    probe: Callable[[Any], list[float]]
+    """A few logits of the model: what its saved weights have to give again when they are re-opened."""
 
     def gain(self, new: float, best: float | None) -> float:
         """By how much `new` is better than `best`; infinite when there is no best yet."""
         if best is None:
             return math.inf
         return new - best if self.higher_is_better else best - new
+
+
+def same_logits(found: list[float], expected: list[float], weights: Path) -> None:
+    """Compares the logits of re-opened weights with those of the run that saved them.
+
+    Raises:
+        RuntimeError: they differ by more than rounding: a tensor is empty, missing or another one.
+    """
+    largest = max(map(abs, expected), default=0.0)
+    if len(found) != len(expected) or any(
+        not abs(a - b) <= SAME_LOGITS * max(1.0, largest) for a, b in zip(found, expected, strict=True)
+    ):
+        raise RuntimeError(f"{weights}: the re-opened weights do not give the logits of the run that saved them: do not use them")
 
 
 class Fit:
@@ -77,7 +99,8 @@ class Fit:
         self.evaluate_every = max(1, round(every * self.schedule.total_steps)) if isinstance(every, float) else every
         self.checkpoint_every = train.checkpoint_every or self.evaluate_every
         self.state = TrainState()
-        self.asked_to_stop = False
+        self.window = _Window()
+        self.problem: str | None = None
 
     @property
     def weights(self) -> Path:
@@ -92,80 +115,164 @@ class Fit:
             SystemExit: status PREEMPTED, after SIGTERM or SIGUSR1 and a checkpoint.
         """
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        resumed = self.checkpoints.resume(self.trainer)
-        self.state = resumed or TrainState()
-        self.tracker.start(resumed.step if resumed else None)
         try:
+            resumed = self.checkpoints.resume(self.trainer)
+            self.state = resumed or TrainState()
+            self.tracker.start(resumed.step if resumed else None)
             if resumed is None:
-                # Evaluating and saving once at the start shows an out-of-memory or disk problem in the first minute.
-                self._evaluate()
-                self._save()
+                self._rehearse()
             elif resumed.step:
                 self.tracker.say(f"resuming after step {resumed.step} of {self.schedule.total_steps}")
             self._loop()
+            self.checkpoints.wait()
+        except Asked:
+            self._leave()
         finally:
+            self.checkpoints.close()
             self.tracker.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
+        self.processes.barrier()
         return self.state
 
-    def _loop(self) -> None:
-        processes, state, total, window = self.processes, self.state, self.schedule.total_steps, _Window()
-        for step in range(state.step, total if state.stop is None else 0):
-            batch = self.batches.at(step, processes.rank, processes.processes, processes.micro)
-            count, tokens = (sum(part[key] for part in batch) for key in ("count", "tokens"))
-            count, tokens, asked = processes.sum(count, tokens, self.asked_to_stop)
-            if count == 0:
-                raise UserError(f"step {step} has no valid target: the loss would be undefined; look at the data or the masking")
-            loss, norm = self.trainer.step(batch, step, self.schedule.at(step), count)
-            self._finite("gradient norm", norm)
-            window.add(loss, count, tokens)
-            state.step = step + 1
-            evaluate = state.step % self.evaluate_every == 0 or state.step == total
-            save = bool(asked) or state.step % self.checkpoint_every == 0 or state.step == total
-            if evaluate or save or state.step % LOG_EVERY == 0:
-                # Before anything is kept: a loss that is not finite reaches neither weights nor checkpoint.
-                self._log(window, norm, self.schedule.at(step))
-            if evaluate:
-                self._evaluate()
-                (asked,) = processes.sum(asked + self.asked_to_stop)
-            if save or asked or state.stop:
-                self._save()
-            if asked:
-                self.tracker.say(f"asked to stop: checkpoint of step {state.step} saved; run again to go on")
-                raise SystemExit(PREEMPTED)
-            if state.stop:
-                self.tracker.say(state.stop)
-                return
-            if evaluate or save:
-                window.clear()
+    def _rehearse(self) -> None:
+        """Evaluates, saves and reloads once, so that an out-of-memory or disk problem shows in the first minute."""
+        self._evaluate()
+        self._save()
+        self.checkpoints.wait()
+        self.processes.barrier()
+        self.checkpoints.resume(self.trainer)
 
-    def _finite(self, name: str, value: float | None) -> None:
-        if value is not None and not math.isfinite(value):
-            kept = self.checkpoints.steps()
+    def _loop(self) -> None:
+        state, total = self.state, self.schedule.total_steps
+        if state.evaluation_due:
+            self._after_step(asked=False)
+        while (state := self.state).step < total and state.stop is None:
+            asked = self._step(state)
+            if not self._bad(state):
+                self._after_step(asked)
+        if state.stop:
+            self.tracker.say(state.stop)
+
+    def _step(self, state: TrainState) -> bool:
+        """One optimizer step; returns whether some rank was asked to stop."""
+        processes, step, learning_rate = self.processes, state.step, self.schedule.at(state.step)
+        self.checkpoints.check()
+        heartbeat.beat("data", step)
+        batch = self.batches.at(step + state.data_offset, processes.rank, processes.processes, processes.micro)
+        count, tokens = (sum(part[key] for part in batch) for key in ("count", "tokens"))
+        count, tokens, asked = processes.sum(count, tokens, processes.asked)
+        if count == 0:
+            raise UserError(f"step {step} has no valid target: the loss would be undefined; look at the data or the masking")
+        loss, norm = self.trainer.step(batch, step, learning_rate, count, self._accept)
+        state.step = step + 1
+        self.window.add(loss, count, tokens, norm, learning_rate)
+        return bool(asked)
+
+    def _accept(self, loss: float) -> bool:
+        """Says whether the weights may follow the gradient of a loss."""
+        state, factor = self.state, self.processes.train.bad_steps.spike_factor
+        self.problem = None
+        if not math.isfinite(loss):
+            self.problem = "the loss is not finite"
+        elif factor is not None:
+            recent = state.recent_losses
+            usual = statistics.median(recent) if len(recent) == SPIKE_WINDOW else math.inf
+            if loss > factor * usual:
+                self.problem = (
+                    f"the loss of {loss:.4g} is above {factor:g} × {usual:.4g}, the median of the {SPIKE_WINDOW} steps before"
+                )
+            else:
+                state.recent_losses = [*recent, loss][-SPIKE_WINDOW:]
+        return self.problem is None
+
+    def _bad(self, state: TrainState) -> bool:
+        """Deals with a step whose update was left out; returns whether training went back to a checkpoint."""
+        norm, policy = self.window.norm, self.processes.train.bad_steps
+        if self.problem is None and not math.isfinite(norm) and self.processes.precision != "fp16":
+            self.problem = "the gradient norm is not finite"
+        if self.problem is None:
+            return False
+        kept = self.checkpoints.steps()
+        where = f"step {state.step}: {self.problem}"
+        if policy.action == "stop" or state.bad_steps >= policy.limit:
+            many = f" and train.bad_steps.limit={policy.limit} is reached" if policy.action != "stop" else ""
             raise UserError(
-                f"the {name} is not finite at step {self.state.step}: lower train.learning_rate or raise train.warmup"
+                f"{where}{many}: lower train.learning_rate, raise train.warmup, or set train.bad_steps.action"
                 + (f"; the checkpoint of step {kept[-1]} is intact" if kept else "")
             )
+        bad = state.bad_steps + 1
+        if policy.action == "skip":
+            state.bad_steps = bad
+            self.tracker.record(state, skipped=self.problem)
+            self.tracker.say(f"{where}: its update was skipped ({bad} of at most {policy.limit})")
+            self.window.clear()
+            return False
+        self.checkpoints.wait()
+        self.processes.barrier()
+        before = self.checkpoints.resume(self.trainer)
+        assert before is not None, "step 0 has a checkpoint"
+        before.data_offset, before.bad_steps = state.data_offset + state.step - before.step, bad
+        self.state = before
+        self.tracker.rewind(before.step)
+        self.tracker.record(before, rolled_back=self.problem, from_step=state.step)
+        self.tracker.say(f"{where}: back to step {before.step}, its data are left out ({bad} of at most {policy.limit})")
+        self.window.clear()
+        return True
 
-    def _log(self, window: _Window, norm: float | None, learning_rate: float) -> None:
-        (loss,) = self.processes.sum(window.loss)
-        loss /= window.count
-        self._finite("loss", loss)
-        state, seconds = self.state, window.seconds()
+    def _after_step(self, asked: bool) -> None:
+        """Logs, evaluates and saves what is due after a step.
+
+        Raises:
+            Asked: to stop.
+        """
+        state, total = self.state, self.schedule.total_steps
+        evaluate = state.step % self.evaluate_every == 0 or state.step == total
+        save = asked or state.step % self.checkpoint_every == 0 or state.step == total
+        if self.window.count and (evaluate or save or state.step % LOG_EVERY == 0):
+            self._log()
+        state.evaluation_due = evaluate
+        if evaluate and not asked:
+            self._evaluate()
+            state.evaluation_due = False
+        if (save and not asked) or state.stop:
+            self._save()
+        if asked:
+            raise Asked
+        if evaluate or save:
+            self.window.clear()
+
+    def _leave(self) -> None:
+        """Saves a checkpoint of this step and ends with PREEMPTED; an evaluation that is due waits for the next run."""
+        if self.state.step:
+            self._save()
+            self.checkpoints.wait()
+            self.processes.barrier()
+            self.tracker.say(f"asked to stop: checkpoint of step {self.state.step} saved; run again to go on")
+        raise SystemExit(PREEMPTED)
+
+    def _log(self) -> None:
+        state, window, seconds = self.state, self.window, self.window.seconds()
         state.seconds += seconds
-        speed = window.tokens / seconds
+        loss, speed = window.loss / window.count, window.tokens / seconds
         self.tracker.record(
-            state, loss=loss, learning_rate=learning_rate, tokens_per_second=speed, grad_norm=norm, seconds=state.seconds
+            state,
+            loss=loss,
+            learning_rate=window.learning_rate,
+            tokens_per_second=speed,
+            grad_norm=window.norm if math.isfinite(window.norm) else None,
+            seconds=state.seconds,
         )
         self.tracker.advance(state, loss, speed)
         window.clear()
 
     def _evaluate(self) -> None:
         state, train = self.state, self.processes.train
+        heartbeat.beat("evaluate", state.step)
         metrics = self.judge.evaluate(self.trainer.model, self.processes)
         for name, number in metrics.items():
-            self._finite(f"validation {name}", number)
+            if not math.isfinite(number):
+                raise UserError(f"the validation {name} is not finite at step {state.step}: lower train.learning_rate")
         self.tracker.record(state, validation=metrics)
         self.tracker.say(f"step {state.step}: validation " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         if state.step == 0:
@@ -186,42 +293,53 @@ class Fit:
             self._keep_weights()
 
     def _keep_weights(self) -> None:
-        self.state.weights_step = self.state.step
-        weights = self.trainer.weights()
+        state = self.state
+        heartbeat.beat("save", state.step)
+        state.weights_step, state.probe = state.step, self.judge.probe(self.trainer.model)
+        weights, target = self.trainer.weights(), self.weights
         if self.processes.main:
-            part = self.weights.with_suffix(".tmp")
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            self.save(part, weights)
-            publish(part, self.weights)
-        self.processes.barrier()
+            self.checkpoints.later(lambda: self._write_weights(target, weights))
+
+    def _write_weights(self, target: Path, weights: dict[str, Any]) -> None:
+        part = target.with_suffix(".tmp")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        self.save(part, weights)
+        publish(part, target)
 
     def _save(self) -> None:
-        self.checkpoints.save(self.trainer, self.state)
-        if self.processes.main:
-            needed = self.checkpoints.weights_steps()
-            for step in step_numbers(self.weights.parent):
-                if step not in needed:
-                    shutil.rmtree(self.weights.with_name(f"step-{step:08d}"))
+        heartbeat.beat("save", self.state.step)
+        self.checkpoints.save(self.trainer, self.state, self._drop_weights)
+
+    def _drop_weights(self) -> None:
+        """Removes the weights that no checkpoint names any more."""
+        needed = self.checkpoints.weights_steps()
+        directory = self.directory / "weights"
+        for step in step_numbers(directory):
+            if step not in needed:
+                shutil.rmtree(directory / f"step-{step:08d}")
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self.asked_to_stop = True
+        self.processes.asked = True
 
 
 class _Window:
     """Sums since the last log record; time spent evaluating and saving is not training time."""
 
     def __init__(self) -> None:
+        self.norm = self.learning_rate = 0.0
         self.clear()
 
     def clear(self) -> None:
         self.loss = self.count = self.tokens = 0.0
         self.started = time.monotonic()
 
-    def add(self, loss: float, count: float, tokens: float) -> None:
-        self.loss += loss
+    def add(self, loss: float, count: float, tokens: float, norm: float, learning_rate: float) -> None:
+        """Adds one step: its mean loss, targets, tokens, gradient norm and learning rate."""
+        self.loss += loss * count
         self.count += count
         self.tokens += tokens
+        self.norm, self.learning_rate = norm, learning_rate
 
     def seconds(self) -> float:
         return max(time.monotonic() - self.started, 1e-9)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from engine import heartbeat
 from engine.config import ModelRef, Strict
 from engine.data.splits import DataConfig
 from engine.models import ScratchConfig
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 
     from engine.data.corpus import Corpus
     from engine.distributed import Batch, Processes
+    from engine.evaluate import Ranks
     from engine.objectives.mlm import MaskedLanguageModelling
+
+
+PROBE_LOGITS = 64
 
 
 class NewTokenizer(Strict):
@@ -99,7 +104,7 @@ def run(stage: Stage[PretrainConfig]) -> None:
     objective = MaskedLanguageModelling(config.objective, len(tokenizer), tokenizer.mask_token_id, tokenizer.all_special_ids)
     batches = PackedBatches(training, objective, tokenizer, config.sequence_length, config.train.batch_size, stage.seed)
     held_out = PackedBatches(validation, objective, tokenizer, config.sequence_length, config.train.batch_size, stage.seed)
-    judge = Judge(lambda model, ranks: held_out.evaluate(model, ranks), "loss", False)
+    judge = Judge(held_out.evaluate, "loss", False, held_out.probe)
     fit = Fit(processes, model, objective.loss, batches, judge, saver(model, tokenizer), stage.partial, stage.name, stage.seed)
     fit.tracker.say(f"{processes.describe}; {batches.describe}")
     state = fit.run()
@@ -111,13 +116,14 @@ def run(stage: Stage[PretrainConfig]) -> None:
 def _publish(
     stage: Stage[PretrainConfig], processes: Processes, held_out: PackedBatches, state: Any, weights: Path, started: float
 ) -> None:
+    from engine.evaluate import ALONE
+    from engine.loop import same_logits
     from engine.models import load_model, size_of
 
+    heartbeat.beat("finish")
     model = load_model(weights, "masked_lm").to(processes.device)
-    # The re-opened weights are judged alone on this rank: an empty or wrong tensor would show here.
-    metrics = held_out.evaluate(model, processes, alone=True)
-    if stage.config.train.keep == "best" and abs(metrics["loss"] - state.best) > 1e-3:
-        raise RuntimeError(f"{weights}: re-opened weights lose {metrics['loss']:.4f} where the run measured {state.best:.4f}")
+    same_logits(held_out.probe(model), state.probe, weights)
+    metrics = held_out.evaluate(model, ALONE)
     shutil.copytree(weights, stage.output, dirs_exist_ok=True)
     shutil.copy(stage.partial / "history.jsonl", stage.output)
     stage.complete(
@@ -246,33 +252,44 @@ class PackedBatches:
         epoch, _ = self.plan.position(step)
         return [self.collate(epoch, rows) for rows in self.plan.micro_batches(step, rank, processes, micro)]
 
-    def evaluate(self, model: Any, processes: Processes, alone: bool = False) -> dict[str, float]:
-        """Returns loss (nats per predicted token), perplexity and predicted tokens over all rows, always masked alike.
-
-        Args:
-            alone: this rank evaluates everything, without the others.
-        """
+    def evaluate(self, model: Any, ranks: Ranks) -> dict[str, float]:
+        """Returns loss (nats per predicted token), perplexity and predicted tokens over all rows, always masked alike."""
         import numpy as np
         import torch
 
-        rank, ranks = (0, 1) if alone else (processes.rank, processes.processes)
         rows = np.arange(len(self.packed))
         parts = np.array_split(rows, max(1, -(-len(rows) // 32)))
         training = model.training
         model.eval()
         total = count = 0.0
         with torch.no_grad():
-            for turn in range(-(-len(parts) // ranks)):
-                index = turn * ranks + rank
-                batch = self.collate(0, parts[min(index, len(parts) - 1)])
-                tensors = {name: value.to(processes.device) for name, value in batch.items() if torch.is_tensor(value)}
-                loss, targets = self.objective.loss(model, tensors)
+            for turn in range(-(-len(parts) // ranks.processes)):
+                ranks.poll()
+                index = turn * ranks.processes + ranks.rank
+                batch = self._on(model, self.collate(0, parts[min(index, len(parts) - 1)]))
+                loss, targets = self.objective.loss(model, batch)
                 if index < len(parts):
                     total, count = total + float(loss), count + float(targets)
         model.train(training)
-        if not alone:
-            total, count = processes.sum(total, count)
+        total, count = ranks.sum(total, count)
         return {"loss": total / count, "perplexity": math.exp(min(total / count, 50.0)), "predicted_tokens": count}
+
+    def probe(self, model: Any) -> list[float]:
+        """Returns a few logits of the first row: what saved weights have to give again when they are re-opened."""
+        import numpy as np
+        import torch
+
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            logits = self.objective.logits(model, self._on(model, self.collate(0, np.arange(1))))
+        model.train(training)
+        return [float(value) for value in logits.flatten()[:PROBE_LOGITS]]
+
+    def _on(self, model: Any, batch: Batch) -> Batch:
+        import torch
+
+        return {name: value.to(model.device) for name, value in batch.items() if torch.is_tensor(value)}
 
 
 def main() -> None:

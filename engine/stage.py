@@ -168,8 +168,11 @@ class Stage(Generic[Section]):
     @property
     def fingerprint(self) -> str:
         """Identity of the work: same kind, section, seed and input bytes → same fingerprint."""
+        return digest(self._work())
+
+    def _work(self) -> dict[str, Any]:
         section = self.config.model_dump(mode="json")
-        return digest({"kind": self.kind, "section": section, "seed": self.seed, "inputs": self.inputs})
+        return {"kind": self.kind, "section": section, "seed": self.seed, "inputs": self.inputs}
 
     def finished(self) -> bool:
         """True when the directory holds the result of exactly this section and these inputs, with every file in place."""
@@ -182,11 +185,13 @@ class Stage(Generic[Section]):
     def begin(self) -> None:
         """Makes the working directory, or keeps the one of an interrupted run of the same work.
 
+        How the work is spread over processes may change: that makes it no other work.
+
         Raises:
             UserError: an interrupted run of other work lies there and `restart` is not set.
         """
-        marker = self.partial / "fingerprint.json"
-        work = {"fingerprint": self.fingerprint, "section": self.config.model_dump(mode="json")}
+        marker = self.partial / "work.json"
+        work = self._work()
         if self.partial.exists():
             try:
                 before = json.loads(marker.read_text())
@@ -194,12 +199,15 @@ class Stage(Generic[Section]):
                 before = None
             if self.restart or before is None:
                 shutil.rmtree(self.partial)
-            elif before["fingerprint"] != work["fingerprint"]:
-                changed = ", ".join(_differences(before["section"], work["section"])) or "an input or the seed"
-                raise UserError(
-                    f"{self.partial}: an interrupted run of stage '{self.name}' with other settings (changed: {changed}): "
-                    "undo the change to go on, or add --restart to throw that run away"
-                )
+            else:
+                placement = getattr(self.config, "PLACEMENT", ())
+                changed = [key for key in _differences(before, work) if not key.startswith(placement)]
+                if changed:
+                    raise UserError(
+                        f"{self.partial}: an interrupted run of stage '{self.name}' with other settings (changed: "
+                        f"{', '.join(key.removeprefix('section.') for key in changed)}): "
+                        "undo the change to go on, or add --restart to throw that run away"
+                    )
         shutil.rmtree(self.output, ignore_errors=True)
         self.output.mkdir(parents=True)
         if not marker.exists():

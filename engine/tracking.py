@@ -26,6 +26,7 @@ class Tracker:
         self.title = title
         self.total = total_steps
         self.history = directory / "history.jsonl"
+        self.board: Any = None
         if not main:
             return
         self.console = Console(highlight=False)
@@ -50,15 +51,21 @@ class Tracker:
         from torch.utils.tensorboard import SummaryWriter
 
         begin = -1 if step is None else step
+        self.rewind(begin)
+        self.board = SummaryWriter(str(self.history.with_name("tensorboard")), purge_step=begin + 1)
+        self.progress.update(self.task, completed=max(begin, 0))
+        self.progress.start()
+
+    def rewind(self, step: int) -> None:
+        """Drops the records of later steps."""
+        if not self.main:
+            return
         lines = self.history.read_text().splitlines(keepends=True) if self.history.exists() else []
         # The last line may be torn.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= begin]
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         part = self.history.with_suffix(".tmp")
         part.write_text("".join(kept))
         part.rename(self.history)
-        self.board: Any = SummaryWriter(str(self.history.with_name("tensorboard")), purge_step=begin + 1)
-        self.progress.update(self.task, completed=max(begin, 0))
-        self.progress.start()
 
     def say(self, text: str) -> None:
         """Prints one line beside the bar."""
@@ -93,4 +100,5 @@ class Tracker:
         """Ends the bar and flushes TensorBoard."""
         if self.main:
             self.progress.stop()
-            self.board.close()
+            if self.board is not None:
+                self.board.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,18 @@ class EarlyStopping(Strict):
     """Evaluations without improvement before training stops."""
     min_delta: float = Field(0.0, ge=0)
     """Smallest change of the metric that counts as an improvement, in the metric's unit."""
+
+
+class BadSteps(Strict):
+    """What to do about a step whose loss or gradient is not finite, or whose loss is a spike."""
+
+    action: Literal["stop", "skip", "rollback"] = "stop"
+    """stop: end the run, its checkpoints are intact. skip: leave the update of the step out. rollback: go back to the newest
+    checkpoint and leave out the data from there to the bad step (as in PaLM, arXiv:2204.02311, section 5.1)."""
+    spike_factor: float | None = Field(None, gt=1)
+    """A loss above this multiple of the median of the last 50 steps is a spike; None: only what is not finite is bad."""
+    limit: int = Field(3, ge=1)
+    """Bad steps that are skipped or rolled back in one stage before it stops."""
 
 
 class TrainConfig(Strict):
@@ -56,6 +68,7 @@ class TrainConfig(Strict):
     keep: Literal["best", "last"] = "best"
     """Which weights the stage hands on: those of the best validation, or those of the last step."""
     early_stopping: EarlyStopping | None = None
+    bad_steps: BadSteps = BadSteps()
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -66,6 +79,9 @@ class TrainConfig(Strict):
 
 class Trained(Strict):
     """Base of the sections that train: where and how wide."""
+
+    PLACEMENT: ClassVar = ("section.processes", "section.parallel", "section.train.micro_batch_size", "inputs.parallel")
+    """What an interrupted run may change before it goes on: how its work is spread, not what it computes."""
 
     train: TrainConfig
     parallel: ZeroRef | None = None

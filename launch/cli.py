@@ -164,6 +164,33 @@ def check(recipe: RecipePath, overrides: Overrides = [], runs: Runs = Path("runs
 
 
 @app.command(
+    "resume-check",
+    epilog="Examples: `bothways resume-check recipe.yaml` · "
+    "`bothways resume-check recipe.yaml --stage base --set base.processes=2`",
+)
+def check_resume(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    stage: Annotated[str | None, typer.Option(help="The stage to try.", show_default="the first that trains")] = None,
+    steps: Annotated[int, typer.Option(min=5, help="Optimizer steps of every trial run.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Of the moments of interruption.")] = 0,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Prove that a stage resumes bit by bit: train it, kill it, stop it, resume it, compare.
+
+    Three short runs of one stage in a scratch directory: undisturbed, killed and resumed, asked to stop and resumed. Exit
+    status 1 when weights, losses or metrics differ in a single bit.
+    """
+    from launch.resume_check import resume_check
+
+    trials = resume_check(recipe, overrides, runs, stage, steps, seed, lambda text: print(text, flush=True))
+    different = [trial for trial in trials if trial.difference]
+    print(f"verdict: {'resume is NOT exact' if different else 'resume is bit-exact'}")
+    if different:
+        sys.exit(1)
+
+
+@app.command(
     epilog='Examples: `bothways predict runs/demo/engine "a fine film"` · `cat texts.txt | bothways predict runs/demo/engine` · '
     "`bothways predict runs/demo/engine --input rows.jsonl --output predictions.jsonl`"
 )

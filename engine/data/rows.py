@@ -13,11 +13,13 @@ from engine.config import Recipe
 from engine.data.batches import BatchPlan
 from engine.data.sources import Row
 from engine.data.splits import load_splits
-from engine.evaluate import evaluate_classifier, write_jsonl
+from engine.evaluate import classifier_logits, evaluate_classifier, write_jsonl
 from engine.tasks.classification import Classification, Example
 
 if TYPE_CHECKING:
     from engine.distributed import Batch, Processes
+
+PROBE_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,12 @@ class Prepared:
 
     def evaluate(self, model: Any, split: str, processes: Processes) -> tuple[dict[str, float], np.ndarray]:
         """Returns (metrics, logits) of a split, shared out over all ranks."""
-        examples = self.examples[split]
-        return evaluate_classifier(model, self.task, examples, processes.gather, processes.rank, processes.processes)
+        return evaluate_classifier(model, self.task, self.examples[split], processes)
+
+    def probe(self, model: Any) -> list[float]:
+        """Returns the logits of a few validation rows: what saved weights have to give again when they are re-opened."""
+        _, logits = classifier_logits(model, self.task, self.examples["validation"][:PROBE_ROWS])
+        return [float(value) for value in logits.ravel()]
 
     def judge(
         self, evaluate: Callable[[list[Example]], tuple[dict[str, float], np.ndarray]], output: Path | None

@@ -55,11 +55,14 @@ class MaskedLanguageModelling:
             (summed loss, number of predicted tokens), two scalars.
         """
         labels_BL = batch["labels"]
+        logits_MV = self.logits(model, batch)
+        total = functional.cross_entropy(logits_MV.float(), labels_BL[labels_BL != IGNORED], reduction="sum")
+        return total, (labels_BL != IGNORED).sum()
+
+    def logits(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Returns the scores of the predicted tokens, shape (M, V); only they go through the vocabulary projection, the dearest
+        matrix of a small model."""
         mask = packed_mask(batch["segments"], model.dtype)
         base = model.base_model
         hidden = base(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask)[0]
-        # Only predicted tokens go through the vocabulary projection, the dearest matrix of a small model.
-        chosen = labels_BL != IGNORED
-        logits_MV = model.cls(hidden[chosen])
-        total = functional.cross_entropy(logits_MV.float(), labels_BL[chosen], reduction="sum")
-        return total, chosen.sum()
+        return model.cls(hidden[batch["labels"] != IGNORED])

@@ -214,7 +214,7 @@ def teacher_logits(model: Any, task: Classification, examples: list[Example], pr
 
     if not path.exists():
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=processes.precision == "bf16"):
-            share = classifier_logits(model.to(processes.device), task, examples, processes.rank, processes.processes)
+            share = classifier_logits(model.to(processes.device), task, examples, processes)
         shares = processes.gather(share)
         if processes.main:
             logits = np.zeros((len(examples), len(task.labels)), dtype=np.float32)
@@ -262,7 +262,7 @@ def run(stage: Stage[DistillConfig]) -> None:
     logits = teacher_logits(teacher, task, data.examples["train"], processes, stage.partial / "teacher_logits.npy")
     matching = teacher.to(processes.device) if config.hidden or config.attention else None
     batches = LabelledBatches(data.examples["train"], task, config.train.batch_size, stage.seed, {"teacher_logits": logits})
-    judge = Judge(lambda model, ranks: data.evaluate(model, "validation", ranks)[0], "accuracy", True)
+    judge = Judge(lambda model, ranks: data.evaluate(model, "validation", ranks)[0], "accuracy", True, data.probe)
     loss = DistillationLoss(config, task, matching)
     fit = Fit(processes, student, loss, batches, judge, saver(student, task.tokenizer), stage.partial, stage.name, stage.seed)
     fit.tracker.say(f"{processes.describe}; {data.describe}; {len(texts):,} transfer texts")

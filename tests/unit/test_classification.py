@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from engine.errors import UserError
-from engine.evaluate import evaluate_classifier
+from engine.evaluate import Alone, classifier_logits, evaluate_classifier
 from engine.tasks import ClassificationConfig
 from engine.tasks.classification import Classification
 from export.compress.distill import classification_loss, layers_to_keep, matched, sentences_of, token_mse
@@ -75,10 +75,15 @@ def test_evaluation_counts_every_example_once_on_any_number_of_ranks(task, ranks
     monkeypatch.setattr("engine.evaluate.EVALUATION_BATCH", 2)
     model = tiny_classifier()
     examples = task.encode(ROWS * 3)
-    from engine.evaluate import classifier_logits
 
-    shares = [classifier_logits(model, task, examples, rank, ranks) for rank in range(ranks)]
-    metrics, logits = evaluate_classifier(model, task, examples, lambda _: shares)
+    class Rank(Alone):
+        def __init__(self, rank):
+            self.rank, self.processes = rank, ranks
+
+        def gather(self, value):
+            return [classifier_logits(model, task, examples, Rank(rank)) for rank in range(ranks)]
+
+    metrics, logits = evaluate_classifier(model, task, examples, Rank(0))
     alone, expected = evaluate_classifier(model, task, examples)
     np.testing.assert_allclose(logits, expected, atol=1e-6)
     assert metrics["examples"] == alone["examples"] == 9

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 
 import pytest
 import torch
@@ -117,8 +118,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_its_weights
         train(recipe, tmp_path)
     monkeypatch.undo()
     newest = sorted((tmp_path / "tiny/teacher.partial/checkpoints").glob("step-*"))[-1]
-    model = next(newest.glob("*.safetensors"))
-    model.write_bytes(model.read_bytes()[:-1] + b"\0")
+    state = newest / "replicated.pt"
+    state.write_bytes(state.read_bytes()[:-1] + b"\1")
     stage = train(recipe, tmp_path)
     assert f"checkpoint {newest.name} is damaged: passed over" in capsys.readouterr().out
     assert_same_end(stage, whole)
@@ -158,18 +159,81 @@ def test_a_signal_saves_a_checkpoint_and_the_next_run_ends_bit_equal(recipe, who
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(stage).items())
 
 
-def test_a_signal_during_an_evaluation_stops_right_after_it(recipe, tmp_path, monkeypatch):
-    original = loop.Fit._evaluate
+def test_a_signal_during_an_evaluation_stops_before_its_next_batch_and_the_next_run_makes_up_for_it(
+    recipe, whole, tmp_path, monkeypatch
+):
+    original, finished = loop.Fit._evaluate, []
 
     def evaluate(self):
         if self.state.step == 3:
             signal.raise_signal(signal.SIGTERM)
         original(self)
+        finished.append(self.state.step)
 
-    monkeypatch.setattr(loop.Fit, "_evaluate", evaluate)
-    with pytest.raises(SystemExit):
-        train(recipe, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Fit, "_evaluate", evaluate)
+        with pytest.raises(SystemExit) as stop:
+            train(recipe, tmp_path)
+    assert stop.value.code == PREEMPTED
+    assert finished[-1] == 2
     assert checkpoint.step_numbers(tmp_path / "tiny/teacher.partial/checkpoints")[-1] == 3
+    assert_same_end(train(recipe, tmp_path), whole)
+
+
+@pytest.mark.parametrize("place", [(loop.Fit, "_rehearse"), (checkpoint.Checkpoints, "resume")])
+def test_a_signal_before_the_first_step_stops_without_a_trace_in_the_result(recipe, whole, tmp_path, monkeypatch, place):
+    owner, name = place
+    original = getattr(owner, name)
+
+    def signalled(*arguments):
+        signal.raise_signal(signal.SIGUSR1)
+        return original(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, signalled)
+        with pytest.raises(SystemExit) as stop:
+            train(recipe, tmp_path)
+    assert stop.value.code == PREEMPTED
+    assert_same_end(train(recipe, tmp_path), whole)
+
+
+def test_a_signal_while_a_checkpoint_is_saved_stops_after_it(recipe, whole, tmp_path, monkeypatch):
+    original = checkpoint.Checkpoints.save
+
+    def save(self, trainer, state, then):
+        if state.step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        original(self, trainer, state, then)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.Checkpoints, "save", save)
+        with pytest.raises(SystemExit):
+            train(recipe, tmp_path)
+    assert checkpoint.step_numbers(tmp_path / "tiny/teacher.partial/checkpoints")[-1] == 5
+    stage = train(recipe, tmp_path)
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(stage).items())
+
+
+def test_training_goes_on_while_a_checkpoint_is_being_written(recipe, whole, tmp_path, monkeypatch):
+    original, moved_on = checkpoint.publish, []
+
+    def publish(source, target):
+        step = int(target.name[5:])
+        before = fits[0].state.step
+        give_up = time.monotonic() + 30
+        # The last one has nothing to overlap with; the first belongs to the rehearsal.
+        while 0 < step < STEPS and fits[0].state.step == before and time.monotonic() < give_up:
+            time.sleep(0.001)
+        moved_on.append(fits[0].state.step > step or step in (0, STEPS))
+        original(source, target)
+
+    fits, init = [], loop.Fit.__init__
+    monkeypatch.setattr(loop.Fit, "__init__", lambda self, *arguments: (init(self, *arguments), fits.append(self))[0])
+    monkeypatch.setattr(checkpoint, "publish", publish)
+    stage = train(recipe, tmp_path)
+    assert len(moved_on) > 3
+    assert all(moved_on)
+    assert_same_end(stage, whole)
 
 
 def test_handlers_are_given_back(recipe, tmp_path):
@@ -208,20 +272,52 @@ def test_the_last_weights_are_kept_where_the_recipe_wants_them(recipe, whole, tm
 
 
 def test_weights_that_are_not_finite_are_neither_kept_nor_checkpointed(recipe, tmp_path):
-    with pytest.raises(UserError, match=r"is not finite at step \d: lower train.learning_rate or raise train.warmup"):
+    with pytest.raises(UserError, match=r"the (validation loss|loss|gradient norm) is not finite"):
         train(recipe, tmp_path, "teacher.train.learning_rate=1e38", "teacher.train.evaluate_every=1")
     for path in (tmp_path / "tiny/teacher.partial").rglob("model*.safetensors"):
         assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values()), path
 
 
-def test_another_number_of_processes_cannot_go_on_and_says_so(recipe, tmp_path, monkeypatch):
+def stopped_and_edited(recipe, runs, monkeypatch, **about):
+    """Stops a run and changes what its checkpoints say about how they were made."""
+    with monkeypatch.context() as patched:
+        stop_at(patched, 3)
+        with pytest.raises(Killed):
+            train(recipe, runs)
+    for path in (runs / "tiny/teacher.partial/checkpoints").glob("step-*"):
+        state = json.loads((path / "state.json").read_text())
+        (path / "state.json").write_text(json.dumps({**state, **about}))
+        (path / "manifest.json").write_text(json.dumps(checkpoint.hash_directory(path, skip=("manifest.json",))))
+
+
+def test_a_state_that_every_rank_holds_goes_on_at_any_number_of_ranks(recipe, whole, tmp_path, monkeypatch):
+    stopped_and_edited(recipe, tmp_path, monkeypatch, processes=2)
+    assert_same_end(train(recipe, tmp_path), whole)
+
+
+def test_an_optimizer_state_that_cannot_be_spread_anew_says_so(recipe, tmp_path, monkeypatch):
+    stopped_and_edited(recipe, tmp_path, monkeypatch, processes=2, zero_stage=2)
+    with pytest.raises(UserError, match="made with ZeRO stage 2, which its optimizer state cannot change: set `parallel` back"):
+        train(recipe, tmp_path)
+
+
+def test_how_the_work_is_spread_may_change_before_an_interrupted_run_goes_on(recipe, tmp_path, monkeypatch):
     stop_at(monkeypatch, 3)
     with pytest.raises(Killed):
         train(recipe, tmp_path)
     monkeypatch.undo()
-    for path in (tmp_path / "tiny/teacher.partial/checkpoints").glob("step-*"):
-        state = json.loads((path / "state.json").read_text())
-        (path / "state.json").write_text(json.dumps({**state, "processes": 2}))
-        (path / "manifest.json").write_text(json.dumps(checkpoint.hash_directory(path, skip=("manifest.json",))))
-    with pytest.raises(UserError, match="made by 2 processes and this run has 1: run with processes=2, or add --restart"):
+    stage = train(recipe, tmp_path, "teacher.train.micro_batch_size=4")
+    assert read_stage(stage.directory)["processes"].startswith("1 process, no ZeRO, accumulation = 2")
+
+
+def test_reopened_weights_with_other_logits_are_not_handed_on(recipe, tmp_path, monkeypatch):
+    original = loop.Fit._write_weights
+
+    def write(self, target, weights):
+        name = next(name for name in weights if name.endswith("classifier.weight"))
+        original(self, target, {**weights, name: torch.zeros_like(weights[name])})
+
+    monkeypatch.setattr(loop.Fit, "_write_weights", write)
+    with pytest.raises(RuntimeError, match="do not give the logits of the run that saved them"):
         train(recipe, tmp_path)
+    assert not (tmp_path / "tiny/teacher").exists()

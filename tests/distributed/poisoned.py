@@ -1,0 +1,35 @@
+"""A pretraining stage one of whose losses is not finite on rank 1 only: `python -m tests.distributed.poisoned`."""
+
+import math
+import os
+
+from engine import loop, pretrain
+from engine.objectives.mlm import MaskedLanguageModelling
+from engine.stage import stage_main
+
+BAD = 5
+"""0-based step of the data that are bad."""
+
+
+def run(stage):
+    """Runs the stage; the loss of the bad step is not a number on rank 1."""
+    loss, step, bad = MaskedLanguageModelling.loss, loop.Fit._step, []
+
+    def watched(self, state):
+        bad[:] = [state.step + state.data_offset == BAD and os.environ["RANK"] == "1"]
+        try:
+            return step(self, state)
+        finally:
+            bad.clear()
+
+    def poisoned(self, model, batch):
+        total, count = loss(self, model, batch)
+        return total * math.nan if any(bad) else total, count
+
+    loop.Fit._step = watched
+    MaskedLanguageModelling.loss = poisoned
+    pretrain.run(stage)
+
+
+if __name__ == "__main__":
+    stage_main("tests.distributed.poisoned", pretrain.PretrainConfig, run)
