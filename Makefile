@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 export TOKENIZERS_PARALLELISM = true
 
-.PHONY: demo test test-all lint install clean
+.PHONY: demo test test-all test-slurm lint install clean
 
 demo: install ## the whole chain on real text, from pretraining to a served int8 engine
 	$(BIN)/bothways run recipes/demo.yaml
@@ -15,11 +15,17 @@ demo: install ## the whole chain on real text, from pretraining to a served int8
 test: install ## lint, types and every test that takes seconds
 	$(MAKE) lint
 	-$(BIN)/python -m tests.serving.triton_server install
+	-$(BIN)/python -m tests.slurm.cluster install
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: install ## the minutes-long tests too
 	-$(BIN)/python -m tests.serving.triton_server install
+	-$(BIN)/python -m tests.slurm.cluster install
 	$(BIN)/python -m pytest
+
+test-slurm: install ## batch jobs on a real Slurm of two nodes, which is started here for the time of the tests
+	-$(BIN)/python -m tests.slurm.cluster install
+	$(BIN)/python -m pytest -m slurm --durations=10
 
 lint: install
 	$(BIN)/ruff check .

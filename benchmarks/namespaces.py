@@ -10,9 +10,17 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
+from engine import heartbeat
+from engine.rank import read_records
+
 HOSTS = ("a", "b")
+PROGRAM = ("-m", "launch.cli")
+ROOT = Path(__file__).parents[1]
 
 
 def missing() -> str | None:
@@ -33,8 +41,12 @@ class Hosts:
     address = "10.77.0.1"
     """Of host a."""
 
+    def __init__(self) -> None:
+        self.prefix = f"bw{os.getpid()}"
+        """Of the namespaces' names, before that of the host."""
+
     def __enter__(self) -> Hosts:
-        self.names = {host: f"bw{os.getpid()}{host}" for host in HOSTS}
+        self.names = {host: self.prefix + host for host in HOSTS}
         try:
             for name in self.names.values():
                 _ip("netns", "add", name)
@@ -78,3 +90,63 @@ class Hosts:
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+class TwoNodes:
+    """`bothways launch` on both hosts, one rank each; what they print goes to files in `scratch`.
+
+    Args:
+        arguments: further ones of `bothways launch`.
+        program: what to run in place of `bothways`.
+    """
+
+    def __init__(self, hosts: Hosts, recipe: Path, runs: Path, *arguments: str, program: tuple[str, ...] = PROGRAM) -> None:
+        self.hosts, self.recipe, self.runs, self.arguments, self.program = hosts, recipe, runs, arguments, program
+        self.scratch = runs.with_name(runs.name + ".nodes")
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        self.records = self.scratch / "records"
+        self.processes: dict[str, subprocess.Popen[str]] = {}
+        for host in HOSTS:
+            self.start(host)
+
+    def start(self, host: str) -> None:
+        """Starts the launcher of a host, for the first time or again."""
+        command = [
+            *(sys.executable, *self.program, "launch", str(self.recipe), "--runs", str(self.runs)),
+            *("--nodes", "2", "--node-rank", str(HOSTS.index(host)), "--main-address", self.hosts.address),
+            *("--records", str(self.records), *self.arguments),
+        ]
+        with (self.scratch / f"{host}.out").open("a") as out, (self.scratch / f"{host}.err").open("a") as err:
+            # One thread each: threads that wait for each other make a tiny model slow on a busy machine.
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            self.processes[host] = self.hosts.start(host, command, stdout=out, stderr=err, cwd=ROOT, env=environment)
+
+    def output(self, host: str, kind: str = "out") -> str:
+        """Returns what a host has printed, `out` or `err`."""
+        return (self.scratch / f"{host}.{kind}").read_text()
+
+    def pid(self, rank: int) -> int:
+        """Returns the process of a rank that runs."""
+        return next(record.pid for record in read_records(self.records) if record.rank == rank)
+
+    def when_training(self, step: int, patience: float = 240.0) -> None:
+        """Waits until both ranks have come to an optimizer step.
+
+        Raises:
+            RuntimeError: a host has ended before, or it takes too long.
+        """
+        give_up = time.monotonic() + patience
+        while len([beat for beat in heartbeat.read(self.records) if (beat.step or 0) >= step]) < len(HOSTS):
+            if time.monotonic() > give_up or any(process.poll() is not None for process in self.processes.values()):
+                raise RuntimeError("\n".join(self.output(host, kind) for host in HOSTS for kind in ("out", "err")))
+            time.sleep(0.02)
+
+    def wait(self, host: str, patience: float = 240.0) -> int:
+        """Returns the exit status of a host's launcher; raises subprocess.TimeoutExpired."""
+        return self.processes[host].wait(timeout=patience)
+
+    def end(self) -> None:
+        """Ends whatever still runs on both hosts."""
+        for host, process in self.processes.items():
+            self.hosts.kill(host)
+            process.wait()

@@ -173,5 +173,5 @@ def memory_message(beat: heartbeat.Beat | None) -> str:
 
 def _lost_a_peer(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "third_party/gloo")
     return torch is not None and (isinstance(error, torch.distributed.DistError) or any(sign in str(error) for sign in signs))

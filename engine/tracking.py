@@ -77,7 +77,7 @@ class Tracker:
         if not self.main:
             return
         with self.history.open("a") as file:
-            file.write(json.dumps({"step": state.step, **values}) + "\n")
+            file.write(json.dumps({"step": state.step, "total_steps": self.total, **values}) + "\n")
         flat = {"train": values} if "validation" not in values else {"validation": values["validation"]}
         for group, numbers in flat.items():
             for name, value in numbers.items():

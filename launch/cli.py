@@ -5,9 +5,11 @@ Everything heavy is imported inside the commands: `bothways --help` and `bothway
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -15,6 +17,7 @@ import typer
 
 import engine
 from engine.errors import USER_ERROR, UserError, disk_full
+from launch import cli_cluster as cluster
 
 app = typer.Typer(
     name="bothways",
@@ -64,11 +67,19 @@ def run(
 
 
 def _run_recipe(*arguments: Any, **options: Any) -> None:
-    from launch.local import StageError
     from launch.pipeline import run_recipe
 
-    try:
+    with _failing_stage():
         run_recipe(*arguments, **options)
+
+
+@contextlib.contextmanager
+def _failing_stage() -> Iterator[None]:
+    """Ends the command as a failing stage says."""
+    from launch.watchdog import StageError
+
+    try:
+        yield
     except StageError as error:
         if error.details:
             print(error.details.rstrip(), file=sys.stderr)
@@ -100,16 +111,44 @@ def launch(
     records: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the ranks' records and logs here.", show_default=False)
     ] = None,
+    hosts: Annotated[str | None, typer.Option(metavar="A,B,…", help="Start all nodes from here.", show_default=False)] = None,
+    shell: Annotated[str, typer.Option(help="With --hosts: how to get to a host.")] = "ssh {host}",
+    preflight: Annotated[bool, typer.Option("--preflight", help="Only check that the nodes are fit, and exit.")] = False,
+    as_json: Json = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
+    slurm: cluster.Slurm = False,
+    account: cluster.Account = None,
+    partition: cluster.Partition = None,
+    qos: cluster.Qos = None,
+    constraint: cluster.Constraint = None,
+    gres: cluster.Gres = None,
+    exclude: cluster.Exclude = None,
+    time: cluster.Time = None,
+    cpus_per_task: cluster.CpusPerTask = None,
+    mem: cluster.Mem = None,
+    job_name: cluster.JobName = None,
+    sbatch: cluster.Sbatch = [],  # noqa: B006
+    setup: cluster.Setup = [],  # noqa: B006
+    container_image: cluster.ContainerImage = None,
+    container_mounts: cluster.ContainerMounts = None,
+    max_requeues: cluster.MaxRequeues = 20,
+    signal_before: cluster.SignalBefore = 120,
+    sweep: cluster.Sweep = [],  # noqa: B006
+    test_only: cluster.TestOnly = False,
+    wait: cluster.Wait = False,
 ) -> None:
     """Run a recipe on several hosts; all of them see the recipe, the data and the directory of runs (a shared file system).
 
     Training stages run on all nodes together, the others on node 0 alone.
     """
-    from launch.nodes import Supervision, place_of
-
-    place = place_of(nodes, node_rank, main_address, main_port, gpus_per_node, processes_per_node)
-    supervision = Supervision(max_restarts, heartbeat_limit, records)
-    _run_recipe(recipe, overrides, runs, stage, restart, place=place, supervision=supervision)
+    given = dict(locals())
+    if slurm:
+        with _failing_stage():
+            cluster.launch_slurm(given)
+        return
+    cluster.require_no_slurm_options(given)
+    with _failing_stage():
+        cluster.launch_nodes(given)
 
 
 @app.command(epilog="Example: `bothways check recipe.yaml --set teacher.train.batch_size=64`")
@@ -256,6 +295,9 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         print(f"bothways {engine.__version__}")
         raise typer.Exit
+
+
+cluster.register(app)
 
 
 def _lines(values: dict[str, Any], where: str = "") -> list[str]:

@@ -24,7 +24,7 @@ from launch.nodes import Place, Supervision, network
 from launch.operators import needed_operators, prepare
 from launch.ranks import Ranks, Requests, ending
 from launch.recipe import KINDS
-from launch.watchdog import StageError, Verdict, judge, may_restart
+from launch.watchdog import AGAIN, StageError, Verdict, judge, may_restart
 
 
 def process_count(stage: Stage[Any], place: Place | None = None) -> int:
@@ -99,13 +99,14 @@ def run_stage(
         StageError: it crashed, was killed or was asked to stop, and was not to be started again.
     """
     place, supervision = place or Place(), supervision or Supervision()
-    link = link if KINDS[stage.kind].trains else None
+    if not KINDS[stage.kind].trains:
+        place, link = Place(), None
     prepare_operators(stage, place, say)
     with Requests() as requests, records_of(supervision) as records:
         for attempt in itertools.count():
             if link:
                 gather(link, stage.name, attempt, requests, say)
-            with ending(start(stage, overrides, place if link else Place(), supervision, records, attempt)) as ranks:
+            with ending(start(stage, overrides, place, supervision, records, attempt)) as ranks:
                 verdict = _watch(stage, ranks, requests, supervision.heartbeat_limit, link)
                 verdict = verdict and replace(verdict, details=verdict.details or ranks.stacks(verdict.stuck))
             if link:
@@ -114,7 +115,7 @@ def run_stage(
                 return
             if requests.signals or not may_restart(verdict, attempt, supervision.max_restarts):
                 raise failure(verdict)
-            say(f"restart {attempt + 1} of {supervision.max_restarts}: {verdict.message}")
+            say(f"restart {attempt + 1} of {supervision.max_restarts}: {verdict.message.removesuffix(AGAIN)}")
 
 
 def prepare_operators(stage: Stage[Any], place: Place, say: Callable[[str], None]) -> None:

@@ -76,11 +76,6 @@ class Place:
         """Ranks on all nodes."""
         return self.nodes * self.processes
 
-    @property
-    def ranks(self) -> range:
-        """The ranks on this node."""
-        return range(self.rank * self.processes, (self.rank + 1) * self.processes)
-
     def port_of(self, attempt: int) -> int:
         """TCP port of an attempt: late ranks of the one before cannot meet those of the next."""
         return self.port + attempt

@@ -24,8 +24,10 @@ from launch.link import Link, Report, host_name, leading
 from launch.local import run_stage
 from launch.nodes import Place, Supervision
 from launch.recipe import load_stages
-from launch.watchdog import NodeLife
+from launch.watchdog import NodeLife, StageError
 
+FAILURE = "failure.txt"
+"""Why an interrupted stage has stopped, in its working directory."""
 PATIENCE = 30.0
 """Seconds to wait for the end of another run in the same directory, which may just have been killed."""
 
@@ -63,14 +65,11 @@ def run_recipe(
     overrides = overrides or []
     recipe = load_recipe(path, overrides, runs)
     stages = load_stages(recipe)
-    for name in only or []:
-        if name not in recipe.stages:
-            raise UserError(f"--stage {name}: {path} has no such stage{did_you_mean(name, list(recipe.stages))}")
-    chosen = [stage for stage in stages if not only or stage.name in only]
+    chosen = choose_stages(stages, only)
     place, supervision = place or Place(), supervision or Supervision()
     place.check(supervision)
     check_recipe(recipe, chosen, place)
-    _require_finished(recipe, chosen)
+    require_finished(recipe, chosen)
     say = functools.partial(console.print, markup=False, soft_wrap=True)
     setup = _setup(chosen, place)
     if place.rank:
@@ -99,7 +98,8 @@ def _run(chosen: list[Stage[Any]], restart: bool, console: Console, run: Callabl
             continue
         console.print(title, style="bold", markup=False)
         stage.restart = restart
-        run(stage)
+        with _failure_kept(stage):
+            run(stage)
         ran.append(stage.name)
     return ran
 
@@ -114,7 +114,33 @@ def _setup(chosen: list[Stage[Any]], place: Place) -> str:
     return digest({"nodes": place.nodes, "ranks": place.total, "sections": sections})
 
 
-def _require_finished(recipe: Recipe, chosen: list[Stage[Any]]) -> None:
+def choose_stages(stages: list[Stage[Any]], only: list[str] | None) -> list[Stage[Any]]:
+    """Returns all stages, or those that are named.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    names = [stage.name for stage in stages]
+    for name in only or []:
+        if name not in names:
+            raise UserError(f"--stage {name}: {stages[0].recipe.path} has no such stage{did_you_mean(name, names)}")
+    return [stage for stage in stages if not only or stage.name in only]
+
+
+@contextlib.contextmanager
+def _failure_kept(stage: Stage[Any]) -> Iterator[None]:
+    """Leaves the reason of a failure beside the checkpoints of the stage."""
+    note = stage.partial / FAILURE
+    note.unlink(missing_ok=True)
+    try:
+        yield
+    except (UserError, StageError) as error:
+        with contextlib.suppress(OSError):  # nothing to go on from, or no space
+            note.write_text(f"{error}\n")
+        raise
+
+
+def require_finished(recipe: Recipe, chosen: list[Stage[Any]]) -> None:
     """Raises UserError when a chosen stage reads one that is neither chosen nor finished."""
     names = [stage.name for stage in chosen]
     for stage in chosen:

@@ -16,6 +16,8 @@ SETTLE = 1.5
 """Seconds between the first failure and a verdict on several nodes: the cause may be on its way from another node."""
 GRACE = 10.0
 """Seconds that the ranks beside a failed one may take; one that waits for it in a collective operation may never notice."""
+AGAIN = "; run again to go on"
+"""End of the messages that leave it to the user to start again."""
 MESSAGE_BYTES = 8192
 """Longest traceback that travels between nodes."""
 
@@ -187,7 +189,7 @@ def _killed(names: _Names, rank: RankLife) -> Verdict:
     who = f"process {names.of(rank)} of stage '{names.stage}' was killed"
     if names.node_of(rank).short_of_memory:
         return Verdict(1, f"{who} by the kernel: {memory_message(rank.beat)}", restart=True)
-    return Verdict(1, f"{who}: out of memory, or killed by hand; run again to go on", restart=True)
+    return Verdict(1, f"{who}: out of memory, or killed by hand{AGAIN}", restart=True)
 
 
 def _not_started(names: _Names, nodes: list[NodeLife]) -> Verdict:

@@ -9,23 +9,9 @@ from pathlib import Path
 import pytest
 
 from engine.stage import hash_directory
-from launch import cli, predict
+from launch import predict
 from tests.recipes import finetune_section, pretrain_section, ragged_rows, write_recipe, write_rows
 from tests.unit.bundles import LABELS, TEXTS, copy_bundle, shared_bundle
-
-
-@pytest.fixture
-def call(capfd):
-    """Runs `bothways …` in this process; returns (exit status, stdout, stderr)."""
-
-    def call(*arguments):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return stop.value.code or 0, out, err
-
-    return call
 
 
 @pytest.fixture(scope="session")

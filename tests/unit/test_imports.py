@@ -49,9 +49,16 @@ def loaded_by(*arguments: str) -> set[str]:
     return HEAVY & set(done.stdout.rpartition("LOADED")[2].split())
 
 
-@pytest.mark.parametrize("command", ["", "run", "check", "predict", "serve", "verify", "report", "benchmark", "doctor"])
+COMMANDS = "run launch status logs cancel check predict serve verify report benchmark doctor"
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS.split()])
 def test_help_loads_nothing_heavy(command):
     assert loaded_by(*command.split(), "--help") == set()
+
+
+def test_a_submission_loads_nothing_heavy(tmp_path):
+    assert loaded_by("launch", str(write_recipe(tmp_path)), "--slurm", "--dry-run") == set()
 
 
 def test_check_loads_nothing_heavy(tmp_path):
