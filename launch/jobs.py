@@ -117,6 +117,9 @@ class Job:
         told = [event for event in events if event.word in ("finished", "failed", "cancelled", "resubmitted")]
         last = told[-1] if told else None
         facts = ask(self.id)
+        if facts is None and not last:
+            return JobState("running" if events else "waiting", "by its own word: there is no Slurm here to ask")
+        facts = facts or {}
         known = facts.get("JobState", "")
         if known in ACTIVE and not (last and known == "COMPLETING"):
             return _active(known, facts, events)
@@ -193,15 +196,19 @@ def parse_job(line: str) -> dict[str, str]:
     return fields
 
 
-def ask(job: str) -> dict[str, str]:
-    """Returns what Slurm knows about a job; nothing when it has forgotten it or there is no Slurm."""
+def ask(job: str) -> dict[str, str] | None:
+    """Returns what Slurm knows about a job: nothing when it has forgotten it, None when there is no Slurm here.
+
+    Raises:
+        UserError: Slurm does not answer.
+    """
     try:
         done = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True)
     except FileNotFoundError:
-        return {}
-    if done.returncode:
-        if "Invalid job id" in done.stderr:
-            return {}
+        return None
+    if "Could not establish a configuration source" in done.stderr:
+        return None
+    if done.returncode and "Invalid job id" not in done.stderr:
         raise UserError(f"scontrol: {last_line(done.stderr)}")
     # A pending task of an array is shown by the record of all of its pending tasks.
     return parse_job(done.stdout.splitlines()[0]) if done.stdout.strip() else {}

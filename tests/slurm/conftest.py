@@ -1,6 +1,5 @@
 """A real Slurm, and the jobs that several tests look at: submitted at the start, so that they run side by side."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 
 from launch.jobs import latest
 from launch.operators import SHARED_MEMORY, prepare
+from launch.status import status_of
 from tests.recipes import finetune_section, pretrain_section, ragged_rows, train_section, write_recipe, write_rows
 from tests.slurm.cluster import Cluster, why_not
 
@@ -53,15 +53,10 @@ class Bothways:
         self("launch", recipe, "--runs", runs, "--slurm", "--time", "10", *arguments)
         return runs / "tiny"
 
-    def status(self, run, stage):
-        """What `bothways status` says about a stage."""
-        out, _ = self("status", run, "--json")
-        return next(entry for entry in json.loads(out)[str(run)] if entry["stage"] == stage)
-
     def until(self, run, stage, *states):
         """Waits until a stage is in one of the states; returns its status."""
         give_up = time.monotonic() + WAIT
-        while (found := self.status(run, stage))["state"] not in states:
+        while (found := status(run, stage)).state not in states:
             if time.monotonic() > give_up:
                 pytest.fail(f"never {' or '.join(states)}: {found}\n{everything(run)}")
             time.sleep(0.3)
@@ -70,12 +65,17 @@ class Bothways:
     def finished(self, run, stage):
         """Waits until a stage has finished; returns its directory."""
         found = self.until(run, stage, "finished", "failed", "cancelled", "stopped")
-        assert found["state"] == "finished", f"{found}\n{everything(run)}"
+        assert found.state == "finished", f"{found}\n{everything(run)}"
         return run / stage
 
     def ask_to_stop(self, run, stage):
         """What Slurm does some time before the time limit."""
         self.cluster.run("scancel", "--batch", "--signal=USR1", latest(run)[stage].id)
+
+
+def status(run, stage):
+    """What `bothways status` says about a stage."""
+    return next(found for found in status_of(run) if found.stage == stage)
 
 
 def everything(run):
@@ -110,7 +110,9 @@ def cluster(tmp_path_factory):
     if not shutil.which("g++"):
         pytest.skip("DeepSpeed compiles an operator on machines without GPUs, and there is no g++")
     prepare([SHARED_MEMORY], print)
-    with Cluster(tmp_path_factory.mktemp("slurm")) as running:
+    with Cluster(tmp_path_factory.mktemp("slurm")) as running, pytest.MonkeyPatch.context() as patch:
+        for name in ("PATH", "SLURM_CONF"):
+            patch.setenv(name, running.environment[name])
         yield running
 
 

@@ -85,6 +85,9 @@ STATES = {
     "lost node": ({"JobState": "NODE_FAIL"}, ["started n1"], "failed", jobs.ENDINGS["NODE_FAIL"]),
     "never started": ({"JobState": "CANCELLED"}, [], "cancelled", "before it had started"),
     "scancel": ({"JobState": "CANCELLED"}, ["started n1", "terminated by Slurm"], "cancelled", "it was cancelled"),
+    "at work elsewhere": (None, ["started n1"], "running", "by its own word"),
+    "queued elsewhere": (None, [], "waiting", "by its own word"),
+    "done elsewhere": (None, ["started n1", "finished"], "finished", ""),
     "forgotten": ({}, ["started n1"], "failed", "it ended without a word"),
     "unknown": ({}, [], "failed", "Slurm does not know it"),
 }  # fmt: skip
