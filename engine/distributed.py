@@ -165,6 +165,7 @@ class Trainer:
         accelerator = processes.accelerator
         if processes.train.gradient_checkpointing:
             checkpoint_activations(model)
+        model.train()  # transformers loads models for inference: without dropout, without gradient checkpointing
         module = _LossModule(model, loss, processes.precision == "bf16", processes.device.type)
         self.engine, self.optimizer = accelerator.prepare(module, build_optimizer(module, processes.train))
         self.model: Any = accelerator.unwrap_model(self.engine).model
@@ -200,6 +201,8 @@ class Trainer:
             total += loss.detach()
         if processes.parallel is not None:
             known = self.engine.get_global_grad_norm()
+            if processes.precision == "fp16" and self.engine.optimizer.overflow:
+                known = None  # the loss scale was too high: this step is left out, the next one has a lower scale
             # -1 is DeepSpeed's word for a norm that is not finite.
             norm = None if known is None else float(known) if known >= 0 else math.nan
         return float(total), norm
