@@ -207,6 +207,16 @@ def test_a_stage_is_planned_without_its_weights(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["base", "teacher"])
+def test_every_precision_is_planned_for_gpus_on_a_machine_without_one(tmp_path, name, precision):
+    overrides = [f"{name}.train.precision={precision}", f"{name}.train.gradient_checkpointing=true"]
+    found = plan_stage(stage_of(tmp_path, *overrides, stages=CHAIN, name=name), GPU)
+    assert f"; {precision}, gradient checkpointing" in found.split
+    weights = found.levels[2].need.group("parameters")
+    assert weights == (2 if precision == "fp16" else 4) * found.parameters
+
+
 def test_stages_whose_inputs_have_not_been_made_are_planned_from_the_recipe(tmp_path):
     base, teacher, student = (
         plan_stage(stage_of(tmp_path, stages=CHAIN, name=name), CPU) for name in ("base", "teacher", "student")
