@@ -29,6 +29,7 @@ from launch.recipe import KINDS
 
 STEPS = 50
 TIMEOUT = 300.0
+VOCABULARY = 4096
 STATE_TABLE = HERE / "results" / "zero_state.csv"
 LOSS_MODEL = {"layers": 2, "hidden": 128, "heads": 4, "positions": 64}
 MEMORY_MODEL = {"layers": 4, "hidden": 512, "heads": 8, "positions": 128}
@@ -99,7 +100,7 @@ def write_work(directory: Path, model: dict[str, int], train: dict[str, Any], le
     (directory / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     base = {
         "model": model,
-        "tokenizer": {"train": {"vocab_size": 4096}},
+        "tokenizer": {"train": {"vocab_size": VOCABULARY}},
         "data": {"train": "rows.jsonl", "validation": "5%"},
         "sequence_length": length,
         "train": {"dropout": 0.0, "evaluate_every": STEPS, **train},
@@ -109,18 +110,19 @@ def write_work(directory: Path, model: dict[str, int], train: dict[str, Any], le
     return path
 
 
-def launch(recipe: Path, run: Run, runs: Path, part: str) -> Path:
+def launch(recipe: Path, run: Run, runs: Path, part: str, overrides: list[str] | None = None) -> Path:
     """Runs the worker once under `accelerate launch`, as the recipe's stage would be; returns its run directory.
 
     Raises:
         UserError: it failed; the end of its output is in the message.
     """
-    stage: Stage[Any] = Stage(load_recipe(recipe, run.overrides, runs), "base", KINDS["pretrain"].config)
+    overrides = [*run.overrides, *(overrides or [])]
+    stage: Stage[Any] = Stage(load_recipe(recipe, overrides, runs), "base", KINDS["pretrain"].config)
     if zero_config_of(stage.config, run.ranks):
         path = stage.recipe.find_zero(zero_config_of(stage.config, run.ranks))
         prepare(needed_operators(read_zero_config(path, stage.config.train, 1, 1), cuda=False), print)
     module = KINDS["pretrain"].module
-    parts = command(stage, run.overrides)
+    parts = command(stage, overrides)
     at = parts.index(module)
     full = [*parts[:at], "benchmarks.zero_worker", part, *parts[at + 1 :]]
     environment = {
@@ -146,9 +148,20 @@ def launch(recipe: Path, run: Run, runs: Path, part: str) -> Path:
 # Losses.
 
 
-def losses_of(recipe: Path, run: Run, directory: Path) -> np.ndarray:
+def write_tokenizer(recipe: Path) -> list[str]:
+    """Learns one vocabulary for all runs (learning it twice may order it otherwise); returns the overrides that name it."""
+    from engine.data.wordpiece import learn_wordpiece
+
+    directory = recipe.parent / "tokenizer"
+    lines = (recipe.parent / "rows.jsonl").read_text().splitlines()
+    learn_wordpiece((json.loads(line)["text"] for line in lines), VOCABULARY, True, None, directory)
+    (directory / "config.json").write_text('{"model_type": "bert"}')
+    return ["base.tokenizer=tokenizer"]
+
+
+def losses_of(recipe: Path, run: Run, directory: Path, overrides: list[str]) -> np.ndarray:
     """Returns the training loss of each step, in nats a predicted token, shape (STEPS,)."""
-    made = launch(recipe, run, directory, "losses")
+    made = launch(recipe, run, directory, "losses", overrides)
     records = [json.loads(line) for line in (made / "history.jsonl").read_text().splitlines()]
     losses = np.asarray([record["loss"] for record in records if "loss" in record])
     if len(losses) != STEPS:
@@ -161,9 +174,10 @@ def measure_losses(say: Any = print) -> dict[str, Figure]:
     train = {"steps": STEPS, "batch_size": 8, "learning_rate": 1e-3, "keep": "last"}
     with tempfile.TemporaryDirectory() as scratch:
         recipe = write_work(Path(scratch), LOSS_MODEL, train, 64)
+        overrides = write_tokenizer(recipe)
 
         def losses(number: int, run: Run) -> np.ndarray:
-            return losses_of(recipe, run, Path(scratch, f"runs{number}"))
+            return losses_of(recipe, run, Path(scratch, f"runs{number}"), overrides)
 
         plain = losses(0, PLAIN)
         say(f"{PLAIN}: loss {plain[0]:.4f} → {plain[-1]:.4f}")

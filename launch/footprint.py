@@ -140,12 +140,21 @@ def measure(build: Build, loss: Loss, precision: str, gradient_checkpointing: bo
     with FakeTensorMode():
         model = build().train()
         if precision == "fp16":
-            model.half()
+            _halve(model)
         if gradient_checkpointing:
             checkpoint_activations(model)
         moments = tuple(_moments(model, loss, rows, precision) for rows in ROWS)
         own = [sum(p.numel() for p in module.parameters(recurse=False)) for module in model.modules()]
         return Measured(tuple(p.numel() for p in model.parameters()), max(own), ROWS, (moments[0], moments[1]))
+
+
+def _halve(model: Any) -> None:
+    """Makes every parameter fp16; `Module.half` cannot do that to fake tensors."""
+    halves: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = halves.setdefault(id(parameter), torch.nn.Parameter(parameter.detach().half()))
 
 
 def _moments(model: Any, loss: Loss, rows: int, precision: str) -> list[Moment]:

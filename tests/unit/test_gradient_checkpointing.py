@@ -29,7 +29,7 @@ def test_layers_really_run_twice(tmp_path):
     stage = load_stages(load_recipe(write_recipe(tmp_path), ["teacher.train.gradient_checkpointing=true"]))[0]
     model = load_model(tmp_path / "model", "classification")
     runs = []
-    model.bert.encoder.layer[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    model.bert.encoder.layer[0].attention.register_forward_pre_hook(lambda *_: runs.append(1))
 
     def loss(model, batch):
         logits = model(input_ids=batch["input_ids"]).logits
