@@ -41,8 +41,12 @@ class Hosts:
     address = "10.77.0.1"
     """Of host a."""
 
+    def __init__(self) -> None:
+        self.prefix = f"bw{os.getpid()}"
+        """Of the namespaces' names, before that of the host."""
+
     def __enter__(self) -> Hosts:
-        self.names = {host: f"bw{os.getpid()}{host}" for host in HOSTS}
+        self.names = {host: self.prefix + host for host in HOSTS}
         try:
             for name in self.names.values():
                 _ip("netns", "add", name)

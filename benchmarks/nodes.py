@@ -11,8 +11,8 @@ from engine.errors import NODE_FAILED, UserError
 
 LIMIT = 60.0
 """Heartbeat limit in seconds while nodes are killed: the verdict must not need it."""
-STEP = 20
-"""Optimizer step that both ranks have come to when something happens to them."""
+STEP = 300
+"""Optimizer step that both ranks have come to when something happens to them; the launchers know of their training by then."""
 
 
 def killed_node_seconds(count: int) -> list[float]:

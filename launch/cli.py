@@ -111,6 +111,10 @@ def launch(
     records: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the ranks' records and logs here.", show_default=False)
     ] = None,
+    hosts: Annotated[str | None, typer.Option(metavar="A,B,…", help="Start all nodes from here.", show_default=False)] = None,
+    shell: Annotated[str, typer.Option(help="With --hosts: how to get to a host.")] = "ssh {host}",
+    preflight: Annotated[bool, typer.Option("--preflight", help="Only check that the nodes are fit, and exit.")] = False,
+    as_json: Json = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
     slurm: cluster.Slurm = False,
     account: cluster.Account = None,
@@ -143,11 +147,8 @@ def launch(
             cluster.launch_slurm(given)
         return
     cluster.require_no_slurm_options(given)
-    from launch.nodes import Supervision, place_of
-
-    place = place_of(nodes, node_rank, main_address, main_port, gpus_per_node, processes_per_node)
-    supervision = Supervision(max_restarts, heartbeat_limit, records)
-    _run_recipe(recipe, overrides, runs, stage, restart, place=place, supervision=supervision)
+    with _failing_stage():
+        cluster.launch_nodes(given)
 
 
 @app.command(epilog="Example: `bothways check recipe.yaml --set teacher.train.batch_size=64`")

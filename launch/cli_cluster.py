@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.errors import UserError
+from launch.nodes import HEARTBEAT_LIMIT
 
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run directories lie.")]
 RunOrRecipe = Annotated[
@@ -56,6 +57,70 @@ RESOURCES = ("account", "partition", "qos", "constraint", "gres", "exclude", "ti
 """Options that sbatch takes under the same names."""
 OTHERS = ("job_name", "sbatch", "setup", "container_image", "container_mounts", "sweep", "test_only", "wait")
 """Options that make sense for batch jobs only, beside the resources."""
+
+
+def launch_nodes(given: dict[str, Any]) -> None:
+    """Runs this node of a recipe, checks it, starts all nodes from here, or shows their commands.
+
+    Args:
+        given: the options of `bothways launch`.
+
+    Raises:
+        UserError: bad input.
+        StageError: a stage or a node failed, or the command was asked to stop.
+    """
+    from launch.hosts import attend, read_hosts, run_hosts, show_commands
+    from launch.nodes import Place, Supervision, check_ports, place_of
+
+    attend()
+    nodes, rank, address = given["nodes"], given["node_rank"], given["main_address"]
+    numbers = (given["main_port"], given["gpus_per_node"], given["processes_per_node"])
+    if given["as_json"] and not given["preflight"]:
+        raise UserError("--json prints what --preflight finds: add --preflight")
+    hosts = read_hosts(given["hosts"], nodes, rank) if given["hosts"] is not None else None
+    if hosts:
+        nodes, address = len(hosts), address or hosts[0]
+    if hosts or given["dry_run"]:
+        check_ports(given["main_port"], given["max_restarts"])
+        ranks = [rank] if rank is not None else range(nodes)
+        places: list[Place] = [place_of(nodes, rank, address, *numbers) for rank in ranks]
+        _check(given, places[0])
+        show = (_node_arguments(given), places, hosts, given["shell"])
+        show_commands(*show) if given["dry_run"] or not hosts else run_hosts(*show[:2], hosts, given["shell"])
+        return
+    place = place_of(nodes, rank, address, *numbers)
+    supervision = Supervision(given["max_restarts"], given["heartbeat_limit"], given["records"])
+    if given["preflight"]:
+        from launch.preflight import run_preflight
+
+        place.check(supervision)
+        run_preflight(place, supervision.heartbeat_limit, supervision.records, given["as_json"], print)
+        return
+    from launch.pipeline import run_recipe
+
+    options = (given["recipe"], given["overrides"], given["runs"], given["stage"], given["restart"])
+    run_recipe(*options, place=place, supervision=supervision)
+
+
+def _check(given: dict[str, Any], place: Any) -> None:
+    """Looks at the recipe before any host is asked to run it."""
+    from engine.config import load_recipe
+    from launch.check import check_recipe
+    from launch.recipe import load_stages
+
+    recipe = load_recipe(given["recipe"], given["overrides"], given["runs"])
+    check_recipe(recipe, load_stages(recipe), place)
+
+
+def _node_arguments(given: dict[str, Any]) -> list[str]:
+    """Returns the arguments of `bothways launch` that are the same on every node."""
+    arguments = [str(given["recipe"]), "--runs", str(given["runs"])]
+    arguments += [part for setting in given["overrides"] for part in ("--set", setting)]
+    arguments += [part for name in given["stage"] for part in ("--stage", name)]
+    arguments += [_flag(name) for name in ("restart", "preflight") if given[name]] + (["--json"] if given["as_json"] else [])
+    arguments += ["--records", str(given["records"])] if given["records"] else []
+    numbers = (("max_restarts", 0), ("heartbeat_limit", HEARTBEAT_LIMIT))
+    return arguments + [part for name, usual in numbers if given[name] != usual for part in (_flag(name), f"{given[name]:g}")]
 
 
 def launch_slurm(given: dict[str, Any]) -> None:

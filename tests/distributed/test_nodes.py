@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -18,6 +19,8 @@ from tests.recipes import read_history
 CLOSE = 1e-5
 LONG = ("--set", "base.train.steps=1000000", "--set", "base.train.evaluate_every=100000", "--set", "base.parallel=zero2")
 """A training that does not end by itself."""
+FAR = 300
+"""A step by which the launchers have told each other about training."""
 
 
 @pytest.fixture(scope="module")
@@ -74,21 +77,21 @@ def test_zero3_on_two_nodes_has_the_losses_of_one_host(launch, zero3):
 
 def test_a_killed_node_is_noticed_by_the_other_one_within_15_seconds(hosts, launch):
     run = launch("--stage", "base", *LONG, "--heartbeat-limit", "60")
-    run.when_training(5)
+    run.when_training(FAR)
     hosts.kill("b")
     began = time.monotonic()
     assert run.wait("a") == NODE_FAILED
     assert time.monotonic() - began < 15
-    said = run.output("a", "err")
+    said = run.output("a", "err").splitlines()[-1]
     assert said.startswith("error: stage 'base': node b (rank 1): no heartbeat for ")
     assert " at step " in said
-    assert said.endswith(": the node or its link is gone\n")
+    assert said.endswith(": the node or its link is gone")
 
 
 @pytest.mark.slow
 def test_a_cut_link_is_noticed_on_both_sides_within_the_heartbeat_limit_and_10_seconds(hosts, launch):
     run = launch("--stage", "base", *LONG, "--heartbeat-limit", "10")
-    run.when_training(5)
+    run.when_training(FAR)
     hosts.link(up=False)
     began = time.monotonic()
     assert [run.wait(host) for host in HOSTS] == [NODE_FAILED, NODE_FAILED]
@@ -159,6 +162,43 @@ def test_the_traceback_of_the_rank_that_failed_is_shown_by_node_0_wherever_it_ra
 
 
 @pytest.mark.slow
+def test_one_command_starts_all_nodes_and_stops_them_with_a_checkpoint(hosts, recipe, tmp_path):
+    shell = tmp_path / "shell"
+    shell.write_text(f'#!/bin/sh\nhost=$1; shift\nexec ip netns exec {hosts.prefix}$host unshare --uts "$@"\n')
+    shell.chmod(0o755)
+    process = subprocess.Popen(
+        [
+            *(
+                sys.executable,
+                "-m",
+                "launch.cli",
+                "launch",
+                str(recipe),
+                "--runs",
+                str(tmp_path / "runs"),
+                "--stage",
+                "base",
+                *LONG,
+            ),
+            *("--hosts", "a,b", "--shell", f"{shell} {{host}}", "--main-address", hosts.address),
+        ],
+        cwd=namespaces.ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    line = ""
+    while "step 10/" not in line:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == PREEMPTED, err
+    assert "a:   asked to stop: checkpoint of step " in out
+
+
+@pytest.mark.slow
 def test_nodes_that_were_started_with_different_options_end_with_one_line(launch, hosts, recipe, tmp_path):
     run = launch("--stage", "base", *LONG)
     run.hosts.kill("b")
@@ -166,4 +206,8 @@ def test_nodes_that_were_started_with_different_options_end_with_one_line(launch
     run.arguments = (*run.arguments, "--set", "base.train.batch_size=16")
     run.start("b")
     assert [run.wait(host) for host in HOSTS] == [2, 2]
-    assert run.output("a", "err").startswith("error: node 1 (b) was started with another recipe or other options than node 0")
+    assert (
+        run.output("a", "err")
+        .splitlines()[-1]
+        .startswith("error: node 1 (b) was started with another recipe or other options than node 0")
+    )

@@ -1,0 +1,101 @@
+"""Starting all nodes from one host: command lines, output, and requests to stop that reach every node."""
+
+import signal
+import sys
+import threading
+
+import pytest
+
+from engine.errors import PREEMPTED, UserError
+from launch import hosts as module
+from launch.hosts import read_hosts, remote_command, run_hosts
+from launch.nodes import Place
+from launch.watchdog import StageError
+
+PLACES = [Place(2, rank, "a") for rank in range(2)]
+HERE = "env HOST={host}"
+"""A shell that stays on this host."""
+
+
+def test_ssh_gets_one_text_and_other_shells_a_command(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    text = f"cd {tmp_path} && python -c 'print(1)'"
+    command = ["python", "-c", "print(1)"]
+    assert remote_command("ssh -p 22 {host}", "a", command) == ["ssh", "-p", "22", "a", text]
+    assert remote_command("ip netns exec {host}", "a", command) == ["ip", "netns", "exec", "a", "sh", "-c", text]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a,,b", 1, None), "--hosts a,,b: a name is empty"),
+        (("", 1, None), "--hosts : a name is empty"),
+        (("a,b", 1, 0), "--hosts starts all nodes from here, --node-rank is for one of them"),
+        (("a,b", 3, None), "--nodes 3, but --hosts names 2"),
+    ],
+)
+def test_hosts_that_contradict_the_other_options_are_one_line(arguments, message):
+    with pytest.raises(UserError) as error:
+        read_hosts(*arguments)
+    assert str(error.value).startswith(message)
+
+
+def test_hosts_are_read_in_their_order():
+    assert read_hosts("b, a", 2, None) == ["b", "a"]
+
+
+def test_a_shell_without_a_place_for_the_host_is_refused():
+    with pytest.raises(UserError, match=r"^--shell 'ssh': write \{host\}"):
+        remote_command("ssh", "a", ["true"])
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """Makes every node run a Python program that sees its HOST and may be asked to stop."""
+
+    def program(text):
+        text = f"import os, signal, sys, time; host = os.environ['HOST']\n{text}"
+        monkeypatch.setattr(module, "node_command", lambda arguments, place: [sys.executable, "-c", text])
+
+    return program
+
+
+def test_what_the_nodes_print_is_shown_with_their_names(program, capfd):
+    program("print('out of', host); print('err of', host, file=sys.stderr)")
+    run_hosts([], PLACES, ["a", "b"], HERE)
+    out, err = capfd.readouterr()
+    assert {"a: out of a", "b: out of b"} <= set(out.splitlines())
+    assert set(err.splitlines()) == {"a: err of a", "b: err of b"}
+
+
+def test_a_node_that_fails_gives_the_status(program):
+    program("sys.exit(76 if host == 'b' else 0)")
+    with pytest.raises(StageError, match=r"^node b ended with status 76$") as error:
+        run_hosts([], PLACES, ["a", "b"], HERE)
+    assert error.value.status == 76
+
+
+STOPPABLE = """
+from launch.hosts import attend
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+attend()
+print('up', flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, 130)])
+def test_a_request_to_stop_reaches_every_node(program, capfd, number, status):
+    program(STOPPABLE)
+    threading.Timer(2.0, signal.raise_signal, (number,)).start()
+    with pytest.raises(StageError) as error:
+        run_hosts([], PLACES, ["a", "b"], HERE)
+    assert error.value.status == status
+
+
+def test_the_others_do_not_go_on_for_ever_without_a_node_that_failed(program, monkeypatch):
+    monkeypatch.setattr(module, "ALONE_SECONDS", 0.5)
+    program(f"if host == 'b': sys.exit(2)\n{STOPPABLE}")
+    with pytest.raises(StageError) as error:
+        run_hosts([], PLACES, ["a", "b"], HERE)
+    assert error.value.status == 2

@@ -1,0 +1,54 @@
+"""What a rank leaves behind when it ends: its record, its log, and in which phase its memory ran out."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from engine.rank import ERROR_DIRECTORY, LOGS, memory_message, read_records
+from tests.distributed.conftest import ROOT
+
+PROGRAM = """\
+import sys
+from engine import heartbeat
+from engine.rank import run_rank
+
+def work():
+    print("hello from the rank", flush=True)
+    heartbeat.beat("forward", 3)
+    {what}
+
+run_rank(work, "runs")
+"""
+
+
+def rank(directory, what, **environment):
+    environment = {**os.environ, ERROR_DIRECTORY: str(directory), "RANK": "2", **environment}
+    command = [sys.executable, "-c", PROGRAM.format(what=what)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    (record,) = read_records(directory)
+    return done, record
+
+
+@pytest.mark.parametrize("what", ["import torch; torch.empty(2**58)", "raise MemoryError('no room')"])
+def test_memory_that_runs_out_is_a_line_with_the_phase_and_what_to_change(tmp_path, what):
+    done, record = rank(tmp_path, what)
+    assert (done.returncode, record.status, record.rank) == (2, 2, 2)
+    assert record.message.startswith("out of memory in forward at step 3: lower train.micro_batch_size")
+    assert "\n" not in record.message
+
+
+def test_another_error_keeps_its_traceback(tmp_path):
+    _, record = rank(tmp_path, "raise ValueError('bad')")
+    assert (record.status, record.message.splitlines()[-1]) == (1, "ValueError: bad")
+
+
+def test_what_a_rank_prints_goes_to_its_log_where_logs_are_kept(tmp_path):
+    done, _ = rank(tmp_path, "print('an error', file=sys.stderr)", **{LOGS: "1"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert sorted((tmp_path / "rank2.log").read_text().splitlines()) == ["an error", "hello from the rank"]
+
+
+def test_without_a_heartbeat_the_usual_remedies_are_named():
+    assert memory_message(None).startswith("out of memory: lower train.micro_batch_size")
