@@ -198,12 +198,12 @@ def measure_losses(say: Any = print) -> dict[str, Figure]:
 def theory(stage: int, ranks: int, parameters: int) -> int:
     """Returns the bytes of model state per rank by the ZeRO paper (arXiv:1910.02054), with fp32 weights and gradients.
 
-    Weights 4, gradients 4, optimizer 12 (an fp32 copy of the weights and Adam's two averages; stage 3 updates the fp32 weights
-    themselves, so 8) bytes a parameter, each divided by the ranks where the stage splits it.
+    Weights 4, gradients 4, optimizer 12 (an fp32 copy of the weights and Adam's two averages) bytes a parameter, each divided by
+    the ranks where the stage splits it.
     """
     weights = 4 / (ranks if stage == 3 else 1)
     gradients = 4 / (ranks if stage >= 2 else 1)
-    return round(parameters * (weights + gradients + (8 if stage == 3 else 12) / ranks))
+    return round(parameters * (weights + gradients + 12 / ranks))
 
 
 def measure_memory(say: Any = print) -> dict[str, Figure]:
