@@ -23,15 +23,15 @@ def losses() -> None:
 def memory(stage: Stage[Any]) -> None:
     """Builds the stage's model and trains three steps; leaves this rank's bytes in rank<N>.json.
 
-    `peak` is the growth of resident memory from before the model is built; a small model has been trained before that, so that
-    libraries and their workspaces are there already.
+    `peak` is the growth of resident memory from before the model is built; a tiny model has been trained in the same way before
+    that, so that libraries and their workspaces are there already.
     """
     import torch
 
     from engine.distributed import Processes, Trainer
 
     processes = Processes(stage.config, stage.recipe, stage.partial)
-    warm_up()
+    warm_up(None if processes.parallel is None else json.loads(processes.parallel.read_text())["zero_optimization"]["stage"])
     gc.collect()
     before = resident(peak=False)
     reset_peak()
@@ -70,23 +70,33 @@ def subject(stage: Stage[Any], rows: int) -> tuple[Any, Any, dict[str, Any]]:
     return model, objective.loss, batch
 
 
-def warm_up() -> None:
-    """Loads what a first training step loads: kernels, their workspaces, DeepSpeed's modules, the ranks' connections."""
-    import deepspeed.runtime.zero.stage3
-    import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
+def warm_up(stage: int | None) -> None:
+    """Loads what a first training step loads: kernels, their workspaces, DeepSpeed's modules, the ranks' connections.
+
+    Args:
+        stage: of ZeRO; None: without DeepSpeed.
+    """
     import torch
 
     from engine.models import ScratchConfig, build_model
 
     model = build_model(ScratchConfig(layers=1, hidden=64, heads=2, positions=32), "masked_lm", 128, 0)
+    ids = torch.zeros(2, 16, dtype=torch.int64)
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            model(torch.zeros(2, 16, dtype=torch.int64)).logits.float().sum().backward()
-    torch.optim.AdamW(model.parameters(), fused=True).step()
-    if torch.distributed.is_initialized():
-        tensor = torch.ones(2**16)
-        torch.distributed.all_reduce(tensor)
-        torch.distributed.all_gather_into_tensor(torch.empty(2**16 * torch.distributed.get_world_size()), tensor)
+            model(ids).logits.float().sum().backward()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    optimizer.step()
+    if stage is not None:
+        import deepspeed
+
+        zero = {"stage": stage, "reduce_bucket_size": 100_000}
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "zero_optimization": zero}
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        for _ in range(2):
+            engine.backward(engine(ids).logits.sum())
+            engine.step()
+        engine.destroy()
 
 
 class Held:

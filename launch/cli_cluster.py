@@ -133,9 +133,9 @@ def launch_slurm(given: dict[str, Any]) -> None:
         UserError: bad input, or sbatch refused a job.
         StageError: with --wait: a job failed.
     """
-    for name in ("node_rank", "main_address", "records"):
+    for name in ("node_rank", "main_address", "records", "hosts"):
         if given[name] is not None:
-            raise UserError(f"{_flag(name)}: the job sets it on every node: leave it out with --slurm")
+            raise UserError(f"{_flag(name)}: the job takes it from Slurm: leave it out with --slurm")
     from launch.jobs import wait_for
     from launch.slurm import BatchOptions
     from launch.submit import dry_run, prepare_submission, submit, try_submission
@@ -146,7 +146,7 @@ def launch_slurm(given: dict[str, Any]) -> None:
         sbatch=tuple(given["sbatch"]),
         setup=tuple(given["setup"]),
         **{name: given[name] for name in ("nodes", "gpus_per_node", "processes_per_node", "job_name", "container_image")},
-        **{name: given[name] for name in ("container_mounts", "max_requeues", "signal_before")},
+        **{name: given[name] for name in ("container_mounts", "max_requeues", "signal_before", "preflight")},
     )
     submission = prepare_submission(
         given["recipe"], given["overrides"], given["runs"], given["stage"], options, given["sweep"], given["restart"]

@@ -116,7 +116,7 @@ class Level:
             yield from self._gathered()
         else:
             yield Item("parameters", weight * elements, f"{weight} × P: all weights, in one flat buffer from stage 1 on")
-        if self.stage in (1, 2) or self.optimizer_at != "device" or weight == 2:
+        if self.stage or weight == 2:
             count, name = (elements, "P") if self.stage == 0 else (share, "P/N")
             words = f"4 × {name}: fp32 weights that the optimizer updates, a copy of its own"
             yield Item("optimizer", 4 * count, words, self.optimizer_at)

@@ -45,6 +45,7 @@ class BatchOptions:
     signal_before: int = 120
     """Seconds before the time limit, or before preemption, at which the job is asked for its checkpoint."""
     preflight: bool = False
+    """Check the nodes of training stages first; go on without those that are not fit."""
     node_options: tuple[str, ...] = ()
     """Passed on to `bothways launch` on every node: --max-restarts, --heartbeat-limit."""
 
@@ -128,6 +129,7 @@ class Batch:
             node_options=self._node_options() if trains else [],
             restart=self.restart,
             srun=self._container(),
+            preflight=options.preflight and trains,
             exclude=f"{exclude}," if exclude else "",
             after=self.after,
             PREEMPTED=PREEMPTED,

@@ -16,7 +16,7 @@ from tests.recipes import finetune_section, pretrain_section, ragged_rows, train
 from tests.slurm.cluster import Cluster, why_not
 
 ROOT = Path(__file__).parents[2]
-WAIT = 120.0
+WAIT = 240.0
 """Seconds after which something that should have happened fails the test."""
 STEPS = 60
 

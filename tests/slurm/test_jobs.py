@@ -89,6 +89,20 @@ def test_a_preempted_job_saves_a_checkpoint_and_goes_on_afterwards(bothways, clu
     assert_bit_equal(directory, alone)
 
 
+def test_a_node_that_is_not_fit_is_named_and_the_job_goes_on_without_it(bothways, recipe, tmp_path):
+    # A driver that fails on the first node.
+    tool = tmp_path / "bin/nvidia-smi"
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\n[ "$SLURMD_NODENAME" != n1 ] || { echo "the driver does not answer"; exit 9; }\n')
+    tool.chmod(0o755)
+    options = ("--preflight", "--setup", f"export PATH={tool.parent}:$PATH", "--set", "base.train.steps=2")
+    run = bothways.submit(recipe, tmp_path / "runs", "--stage", "base", *options)
+    bothways.finished(run, "base")
+    told = [(event.word, event.text) for event in latest(run)["base"].events()]
+    assert told == [("started", "n1"), ("requeued", "bad nodes: n1"), ("started", "n2"), ("finished", "")]
+    assert "node 0 (n1): nvidia-smi fails" in latest(run)["base"].log.read_text()
+
+
 def test_where_requeueing_is_forbidden_another_job_takes_over_and_the_next_stage_waits_for_it(bothways, alone, recipe, tmp_path):
     run = bothways.submit(recipe, tmp_path / "runs", "--sbatch=--no-requeue")
     first = latest(run)["base"]

@@ -61,9 +61,9 @@ def test_each_level_splits_what_it_is_said_to_split(ranks, share):
     first, second, third = (need(f"zero{stage}", ranks=ranks) for stage in (1, 2, 3))
     assert (first.group("parameters"), first.group("optimizer")) == (4 * whole, 12 * share)
     assert (second.group("parameters"), second.group("optimizer")) == (4 * whole, 12 * share)
-    # Under stage 3 the optimizer updates the fp32 shard itself; small weights are whole on every rank.
+    # Small weights are whole on every rank, beside its shard of them.
     small = 0 if ranks == 1 else 4000
-    assert (third.group("parameters"), third.group("optimizer")) == (4 * share + small, 8 * share)
+    assert (third.group("parameters"), third.group("optimizer")) == (4 * share + small, 12 * share)
     plain = need(None, ranks=1)
     assert plain.group("parameters") + plain.group("gradients") + plain.group("optimizer") == 16 * whole
 
@@ -91,7 +91,7 @@ def test_offloading_moves_bytes_from_the_device_to_the_host_and_to_the_disk():
     assert need("zero2_offload").group("optimizer", "host") == 12 * 5_000_500
 
 
-def test_fp16_halves_weights_and_gradients_and_adds_master_weights_under_stage_3():
+def test_fp16_halves_the_weights_and_not_those_that_the_optimizer_updates():
     half = need("zero3", weight_bytes=2)
     assert half.group("optimizer") == 12 * 5_000_500
     assert half.group("parameters") == 2 * 5_000_500 + 2000

@@ -30,6 +30,10 @@ STAND_INS = {
         exit $highest""",
     "bothways": """
         printf '%s\\0' "$@" >>"$ARGUMENTS"
+        if [[ " $* " == *" --preflight "* ]]; then
+          [ -z "${BAD:-}" ] || { echo "$BAD" >"$RECORDS/bad-nodes"; exit 76; }
+          exit "${PREFLIGHT_STATUS:-0}"
+        fi
         status=STATUS_$SLURM_NODEID
         exit "${!status:-0}" """,
     "scontrol": """
@@ -166,6 +170,29 @@ def test_a_stage_that_can_be_neither_requeued_nor_submitted_again_says_so(recipe
     assert words(tmp_path / "runs/tiny/jobs/17")[-1] == ["failed", "75 asked to stop; neither requeued nor submitted again"]
 
 
+def preflight(recipe, tmp_path, commands, **variables):
+    text = batch(recipe, tmp_path / "runs", preflight=True, resources={"exclude": "n7"}).script(stage_of(recipe, "teacher"))
+    job = Job(tmp_path, commands, text, NODES="0", **variables)
+    return job, job.arguments.count("launch"), words(tmp_path / "runs/tiny/jobs/17")[-1]
+
+
+def test_a_bad_node_is_left_out_when_the_job_is_requeued_and_the_stage_waits_for_that(recipe, tmp_path, commands):
+    job, launches, told = preflight(recipe, tmp_path, commands, BAD="n2")
+    assert job.calls == ["scontrol requeue 17", "scontrol update JobId=17 ExcNodeList=n7,n2"]
+    assert (launches, told) == (1, ["requeued:", "bad nodes: n2"])
+    job, _, _ = preflight(recipe, tmp_path, commands, BAD="n3", SLURM_RESTART_COUNT="1", REQUEUE_STATUS="1")
+    assert job.calls[-1] == f"sbatch --parsable --exclude=n7,n2,n3 {job.script} 2"
+
+
+def test_after_the_preflight_the_stage_runs_or_the_job_ends_as_the_preflight_did(recipe, tmp_path, commands):
+    job, launches, told = preflight(recipe, tmp_path, commands)
+    assert (job.done.returncode, launches, told) == (0, 2, ["finished"])
+    (tmp_path / "arguments").unlink()
+    job, launches, told = preflight(recipe, tmp_path, commands, PREFLIGHT_STATUS="1")
+    assert (job.done.returncode, launches, told) == (1, 1, ["failed", "1"])
+    assert "--preflight" not in batch(recipe, tmp_path / "runs", preflight=True).script(stage_of(recipe, "int8"))
+
+
 def test_restart_throws_the_interrupted_run_away_in_the_first_attempt_only(recipe, tmp_path, commands):
     text = batch(recipe, tmp_path / "runs", restart=True).script(stage_of(recipe, "teacher"))
     assert "--restart" in Job(tmp_path, commands, text).arguments
@@ -291,7 +318,7 @@ def test_a_sweep_that_makes_no_sense_is_refused(sweep, message):
         (("--sweep", "tutor.train.steps=1,2"), "no stage 'tutor'"),
         (("--set", "teacher.train.steps=0"), "stages.teacher.finetune.train.steps"),
         (("--nodes", "3", "--processes-per-node", "1"), "train.batch_size=8 is not a multiple of micro batch 2 × processes 3"),
-        (("--node-rank", "0"), "--node-rank: the job sets it on every node"),
+        (("--node-rank", "0"), "--node-rank: the job takes it from Slurm"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_submitted(call, tmp_path, monkeypatch, arguments, message):
