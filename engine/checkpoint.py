@@ -220,8 +220,8 @@ class Checkpoints:
         fix = "or add --restart to start the stage over"
         if stage != now.zero_stage:
             raise UserError(
-                f"{path} was made at ZeRO stage {stage} and this run is at stage {now.zero_stage} (0: none), which its optimizer state "
-                f"cannot change: set `parallel` back, {fix}"
+                f"{path} was made at ZeRO stage {stage} and this run is at stage {now.zero_stage} (0: none), "
+                f"which its optimizer state cannot change: set `parallel` back, {fix}"
             )
         if stage > 0 and optimizer == "adamw_8bit" and before != now.processes:
             raise UserError(
