@@ -206,7 +206,7 @@ class Checkpoints:
         path = self.directory / f"step-{chosen:08d}"
         about: dict[str, Any] = json.loads((path / STATE).read_text())
         before, stage, optimizer = (about.pop(key) for key in ("processes", "zero_stage", "optimizer"))
-        spread = stage > 0 and (before, stage) != (self.processes.processes, self.processes.zero_stage)
+        spread = stage > 0 and before != self.processes.processes
         self._check_change(path, before, stage, optimizer)
         if spread:
             path = self._universal(path)
@@ -218,10 +218,12 @@ class Checkpoints:
         """Raises UserError unless a checkpoint of `before` ranks at a ZeRO stage can go on here."""
         now = self.processes
         fix = "or add --restart to start the stage over"
-        if (stage > 0) != (now.zero_stage > 0):
-            kind = f"ZeRO stage {stage}" if stage else "no ZeRO or stage 0"
-            raise UserError(f"{path} was made with {kind}, which its optimizer state cannot change: set `parallel` back, {fix}")
-        if stage > 0 and optimizer == "adamw_8bit" and (before, stage) != (now.processes, now.zero_stage):
+        if stage != now.zero_stage:
+            raise UserError(
+                f"{path} was made at ZeRO stage {stage} and this run is at stage {now.zero_stage} (0: none), "
+                f"which its optimizer state cannot change: set `parallel` back, {fix}"
+            )
+        if stage > 0 and optimizer == "adamw_8bit" and before != now.processes:
             raise UserError(
                 f"{path} was made by {before} processes at ZeRO stage {stage} with adamw_8bit, whose 8-bit state cannot be "
                 f"spread anew: run with processes={before}, {fix}"

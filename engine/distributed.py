@@ -189,6 +189,7 @@ class Trainer:
         accelerator = processes.accelerator
         if processes.train.gradient_checkpointing:
             checkpoint_activations(model)
+        model.train()  # transformers loads models for inference: without dropout, without gradient checkpointing
         module = _LossModule(model, loss, processes.precision == "bf16", processes.device.type)
         self.engine, self.optimizer = accelerator.prepare(module, build_optimizer(module, processes.train))
         self.model: Any = accelerator.unwrap_model(self.engine).model

@@ -22,8 +22,8 @@ from engine.tracking import LOG_EVERY, Tracker
 
 SPIKE_WINDOW = 50
 """Steps whose median loss a spike is measured against."""
-SAME_LOGITS = 1e-3
-"""Largest difference of logits, relative to the largest one, between a model and its re-opened weights."""
+SAME_LOGITS = 1e-2
+"""Largest difference of logits, relative to the largest one, between a model, perhaps in fp16, and its re-opened weights."""
 
 
 class Batches(Protocol):
@@ -193,9 +193,10 @@ class Fit:
             self.problem = "the gradient norm is not finite"
         if self.problem is None:
             return False
-        kept = self.checkpoints.steps()
         where = f"step {state.step}: {self.problem}"
         if policy.action == "stop" or state.bad_steps >= policy.limit:
+            self.checkpoints.wait()
+            kept = self.checkpoints.steps()
             many = f" and train.bad_steps.limit={policy.limit} is reached" if policy.action != "stop" else ""
             raise UserError(
                 f"{where}{many}: lower train.learning_rate, raise train.warmup, or set train.bad_steps.action"

@@ -124,7 +124,7 @@ def _read(path: Path) -> dict[str, Any]:
         for key in section:
             if key not in names:
                 raise UserError(f"{path}: DeepSpeed has no key '{where}{key}'{did_you_mean(key, list(names))}")
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def _fill(zero: dict[str, Any], host: Host) -> None:

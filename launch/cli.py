@@ -1,4 +1,4 @@
-"""The command line: `bothways run|launch|check|predict|serve|verify|report|benchmark|doctor`.
+"""The command line: `bothways run|launch|check|plan|resume-check|predict|serve|verify|report|benchmark|doctor`.
 
 Everything heavy is imported inside the commands: `bothways --help` and `bothways check` load neither torch nor transformers.
 """
@@ -189,6 +189,28 @@ def check_resume(
     print(f"verdict: {'resume is NOT exact' if different else 'resume is bit-exact'}")
     if different:
         sys.exit(1)
+
+
+@app.command(
+    epilog="Examples: `bothways plan recipe.yaml` · `bothways plan recipe.yaml --stage base --world-size 64 --gpu-memory 80GB`"
+)
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    stage: Annotated[list[str], typer.Option(help="Plan this stage alone; may be repeated.", show_default=False)] = [],  # noqa: B006
+    runs: Runs = Path("runs"),
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks, over all nodes.", show_default="what this machine would start")
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(metavar="80GB", help="Memory of a GPU.", show_default="the GPU here, or this machine's memory")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what each training stage needs in memory under every ZeRO level, and which micro batch fits."""
+    from launch.plan import print_plan
+
+    print_plan(recipe, overrides, runs, stage, world_size, gpu_memory, as_json)
 
 
 @app.command(

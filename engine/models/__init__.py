@@ -222,7 +222,8 @@ def checkpoint_activations(model: Any) -> None:
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(f"train.gradient_checkpointing: models of type '{model.config.model_type}' cannot do that: turn it off")
     # The reentrant form loses gradients where no input of a layer needs one, and hides layers from ZeRO's hooks.
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its older name
+    enable({"use_reentrant": False})
 
 
 def size_of(model: Any) -> dict[str, int]:

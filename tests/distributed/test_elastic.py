@@ -69,8 +69,6 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_bad_on_all(recipe, tmp_path, m
     history = read_history(stage.directory)
     key = {"rollback": "rolled_back", "skip": "skipped"}[action]
     (event,) = [record for record in history if key in record]
-    assert event == {"step": 4 if action == "rollback" else BAD + 1, key: "the loss is not finite"} | (
-        {"from_step": BAD + 1} if action == "rollback" else {}
-    )
+    assert (event["step"], event[key]) == (4 if action == "rollback" else BAD + 1, "the loss is not finite")
     assert all(torch.isfinite(tensor).all() for tensor in read_weights(stage.directory).values())
     assert history[-1]["step"] == 20

@@ -1,0 +1,107 @@
+"""The model and the loss of a training stage, built from the recipe alone: stages that it reads need not have run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.config import ModelRef, Recipe
+from engine.errors import UserError
+from engine.models import build_model, load_model, load_tokenizer, set_dropout, size_of
+from engine.pretrain import PretrainConfig, rounded
+from engine.stage import Stage, read_stage
+from launch import footprint
+from launch.footprint import Build
+from launch.recipe import KINDS
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A stage's model and its loss, without weights."""
+
+    build: Build
+    loss: footprint.Loss
+    resident: int
+    notes: list[str]
+
+
+def subject_of(stage: Stage[Any], attention: str) -> Subject:
+    """Returns what a training stage trains; an upstream stage that has not run is planned from its own section."""
+    config, recipe = stage.config, stage.recipe
+    notes: list[str] = []
+    if stage.kind == "pretrain":
+        loss = footprint.masked_lm_loss(config.sequence_length, config.objective.mask)
+        build = _new_model(stage.recipe, config, attention, "masked_lm")
+        return Subject(_with_dropout(build, config.train.dropout), loss, 0, notes)
+    loss = footprint.classification_loss(config.max_length)
+    if stage.kind == "finetune":
+        build = _classifier(recipe, config.model, attention, notes)
+        return Subject(_with_dropout(build, config.train.dropout), loss, 0, notes)
+    student = config.student.model or config.teacher
+    build = _classifier(recipe, student, attention, notes)
+    if config.student.layers is not None:
+        build = _with_layers(build, config.student.layers)
+    with torch.device("meta"):
+        teacher = size_of(_classifier(recipe, config.teacher, attention, [])())["weight_bytes"]
+    return Subject(_with_dropout(build, config.train.dropout), loss, teacher, notes)
+
+
+def _new_model(recipe: Recipe, config: PretrainConfig, attention: str, head: str) -> Build:
+    vocabulary = rounded(_vocabulary(recipe, config))
+    return lambda: build_model(config.model, head, vocabulary, 0, attention)  # type: ignore[arg-type]
+
+
+def _vocabulary(recipe: Recipe, config: PretrainConfig) -> int:
+    if config.tokenizer.train:
+        return config.tokenizer.train.vocab_size
+    reference = config.tokenizer.model
+    assert reference is not None
+    if reference in recipe.stages and read_stage(recipe.directory(reference)) is None:
+        upstream = recipe.section(reference, KINDS[recipe.stages[reference][0]].config)
+        if isinstance(upstream, PretrainConfig):
+            return _vocabulary(recipe, upstream)
+        raise UserError(f"{recipe.path}: the tokenizer of stage '{reference}' is known once that stage has run")
+    return len(load_tokenizer(recipe.find_model(reference)))
+
+
+def _classifier(recipe: Recipe, reference: ModelRef, attention: str, notes: list[str]) -> Build:
+    unfinished = reference in recipe.stages and read_stage(recipe.directory(reference)) is None
+    if not unfinished:
+        path = recipe.find_model(reference)
+        return lambda: load_model(path, "classification", attention=attention, random=True)
+    kind, _ = recipe.stages[reference]
+    config: Any = recipe.section(reference, KINDS[kind].config)
+    if kind == "pretrain":
+        return _new_model(recipe, config, attention, "classification")
+    if kind == "prune":
+        notes.append(f"stage '{reference}' has not run: planned with the model before pruning")
+    source = (config.student.model or config.teacher) if kind == "distill" else config.model
+    build = _classifier(recipe, source, attention, notes)
+    if kind == "distill" and config.student.layers is not None:
+        return _with_layers(build, config.student.layers)
+    return build
+
+
+def _with_layers(build: Build, layers: int | list[int]) -> Build:
+    from export.compress.distill import keep_layers, layers_to_keep
+
+    def smaller() -> Any:
+        model = build()
+        keep_layers(model, layers_to_keep(layers, model.config.num_hidden_layers))
+        return model
+
+    return smaller
+
+
+def _with_dropout(build: Build, probability: float | None) -> Build:
+    """Masks of dropout are activations too; a probability of 0 has none."""
+
+    def changed() -> Any:
+        model = build()
+        if probability is not None:
+            set_dropout(model, probability)
+        return model
+
+    return changed
