@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -46,6 +47,7 @@ class Hosts:
         """Of the namespaces' names, before that of the host."""
 
     def __enter__(self) -> Hosts:
+        _remove_left_over()
         self.names = {host: self.prefix + host for host in HOSTS}
         try:
             for name in self.names.values():
@@ -86,6 +88,15 @@ class Hosts:
         """Cuts the link between the hosts, or mends it."""
         name = self.names["b"]
         _ip("-n", name, "link", "set", name, "up" if up else "down")
+
+
+def _remove_left_over() -> None:
+    """Removes the namespaces of processes that were killed."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout
+    for name in (line.split()[0] for line in listed.splitlines()):
+        found = re.fullmatch(r"bw(\d+)(a|b|probe)", name)
+        if found and not Path("/proc", found[1]).exists():
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
 def _ip(*arguments: str) -> None:

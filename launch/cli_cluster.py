@@ -69,7 +69,7 @@ def launch_nodes(given: dict[str, Any]) -> None:
         UserError: bad input.
         StageError: a stage or a node failed, or the command was asked to stop.
     """
-    from launch.hosts import attend, read_hosts, run_hosts, show_commands
+    from launch.hosts import attend, read_hosts, run_hosts, show_commands, show_stages
     from launch.nodes import Place, Supervision, check_ports, place_of
 
     attend()
@@ -84,9 +84,12 @@ def launch_nodes(given: dict[str, Any]) -> None:
         check_ports(given["main_port"], given["max_restarts"])
         ranks = [rank] if rank is not None else range(nodes)
         places: list[Place] = [place_of(nodes, rank, address, *numbers) for rank in ranks]
-        _check(given, places[0])
-        show = (_node_arguments(given), places, hosts, given["shell"])
-        show_commands(*show) if given["dry_run"] or not hosts else run_hosts(*show[:2], hosts, given["shell"])
+        stages = _check(given, places[0])
+        if hosts and not given["dry_run"]:
+            run_hosts(_node_arguments(given), places, hosts, given["shell"])
+        else:
+            show_commands(_node_arguments(given), places, hosts, given["shell"])
+            show_stages(stages, given["overrides"], places)
         return
     place = place_of(nodes, rank, address, *numbers)
     supervision = Supervision(given["max_restarts"], given["heartbeat_limit"], given["records"])
@@ -102,14 +105,16 @@ def launch_nodes(given: dict[str, Any]) -> None:
     run_recipe(*options, place=place, supervision=supervision)
 
 
-def _check(given: dict[str, Any], place: Any) -> None:
-    """Looks at the recipe before any host is asked to run it."""
+def _check(given: dict[str, Any], place: Any) -> list[Any]:
+    """Looks at the recipe before any host is asked to run it; returns its stages."""
     from engine.config import load_recipe
     from launch.check import check_recipe
     from launch.recipe import load_stages
 
     recipe = load_recipe(given["recipe"], given["overrides"], given["runs"])
-    check_recipe(recipe, load_stages(recipe), place)
+    stages = load_stages(recipe)
+    check_recipe(recipe, stages, place)
+    return stages
 
 
 def _node_arguments(given: dict[str, Any]) -> list[str]:

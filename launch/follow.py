@@ -51,7 +51,9 @@ class Follower:
                     if order.verdict:
                         raise failure(replace(order.verdict, details=""))
                     return
-                if order.stage and not order.verdict and (self.link.token, order.stage, order.attempt) != taken:
+                # An attempt that began without this launcher goes on without it.
+                begins = order.stage and not order.verdict and not order.go
+                if begins and (self.link.token, order.stage, order.attempt) != taken:
                     taken = (self.link.token, order.stage, order.attempt)
                     self._take_part(order, requests, records, say)
                 time.sleep(POLL / 3)
@@ -85,6 +87,7 @@ class Follower:
     def _take_part(self, order: Order, requests: Requests, records: Path, say: Callable[[str], None]) -> None:
         """Runs this node's ranks of one attempt."""
         assert order.stage
+        token = self.link.token
         try:
             stage = self._ready_stage(order.stage)
             prepare_operators(stage, self.place, say)
@@ -93,16 +96,16 @@ class Follower:
             raise
         stage.restart = self.restart
         self.link.say(stage=order.stage, attempt=order.attempt, ready=True, life=NodeLife(self.place.rank, host_name()))
-        while not self.link.order.go or not _same(self.link.order, order):
+        while not self.link.order.go:
             self._check_line()
             self._check_requests(requests)
-            if not _same(self.link.order, order):
+            if not _same(self.link.order, order) or self.link.token != token:
                 return
             time.sleep(POLL / 3)
         self.link.say(ready=False)
         say(f"{order.stage} ({stage.kind})" + (f", restart {order.attempt}" if order.attempt else ""))
         with ending(start(stage, self.overrides, self.place, self.supervision, records, order.attempt)) as ranks:
-            verdict = self._watch(stage, order, ranks, requests)
+            verdict = self._watch(stage, order, token, ranks, requests)
             stacks = ranks.stacks(verdict.stuck) if verdict else ""
         if verdict is None:
             return
@@ -119,7 +122,7 @@ class Follower:
             say(stacks)
         self._idle()
 
-    def _watch(self, stage: Stage[Any], order: Order, ranks: Ranks, requests: Requests) -> Verdict | None:
+    def _watch(self, stage: Stage[Any], order: Order, token: str, ranks: Ranks, requests: Requests) -> Verdict | None:
         """Watches this node's ranks until node 0 says how the attempt ended; returns its verdict, None for success."""
         failing: float | None = None
         moved_on: float | None = None
@@ -134,6 +137,8 @@ class Follower:
                 life = replace(life, exited=0)
             self.link.say(life=life)
             now = self.link.order
+            if self.link.token != token:
+                return Verdict(NODE_FAILED, f"stage '{stage.name}': node 0 was launched again", restart=True)
             if _same(now, order) and now.verdict:
                 return now.verdict
             if not _same(now, order):

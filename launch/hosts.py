@@ -14,11 +14,14 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from engine.errors import PREEMPTED, UserError
+from engine.stage import Stage
+from launch import local
 from launch.nodes import Place, node_command, shown
 from launch.ranks import POLL, Requests
+from launch.recipe import KINDS
 from launch.watchdog import StageError
 
 ATTENDED = "BOTHWAYS_ATTENDED"
@@ -67,6 +70,13 @@ def show_commands(arguments: list[str], places: list[Place], hosts: list[str] | 
         command = node_command(arguments, place)
         line = shlex.join(remote_command(shell, hosts[place.rank], command)) if hosts else shown(command)
         print(f"# node {place.rank}" + (f" ({hosts[place.rank]})" if hosts else "") + f"\n{line}", flush=True)
+
+
+def show_stages(stages: list[Stage[Any]], overrides: list[str], places: list[Place]) -> None:
+    """Prints the `accelerate launch` by which each node will take part in each training stage."""
+    for stage in stages:
+        for place in places if KINDS[stage.kind].trains else []:
+            print(f"# stage {stage.name} on node {place.rank}\n#   {shlex.join(local.command(stage, overrides, place))}")
 
 
 def run_hosts(arguments: list[str], places: list[Place], hosts: list[str], shell: str) -> None:

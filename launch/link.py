@@ -89,6 +89,7 @@ class Link:
         self._addresses: dict[int, Any] = {}
         self._node0: tuple[NodeLife, float] | None = None
         self._problem: str | None = None
+        self._replaced: set[str] = set()
         self._numbers: dict[str, int] = {}
         self._number, self._next = 0, 0.0
         address = resolve(place.address)
@@ -199,8 +200,10 @@ class Link:
 
     def _take(self, node: int, report: Report, address: Any) -> None:
         before = self._heard.get(node)
-        if before and before[0].sender != report.sender and time.monotonic() - before[1] < FRESH:
-            hosts = f"{before[0].life.host} and {report.life.host}"
+        if before and before[0].sender != report.sender:
+            self._replaced.add(before[0].sender)
+        if report.sender in self._replaced:  # it is still there beside its successor
+            hosts = f"{before[0].life.host} and {report.life.host}" if before else report.life.host
             self._problem = f"--node-rank {node} was given to two launchers, on {hosts}: give every host its own number"
         elif report.setup != self.report.setup:
             self._problem = (
@@ -241,11 +244,13 @@ def host_name() -> str:
 
 
 def lives(link: Link, stage: str, attempt: int) -> list[NodeLife]:
-    """Returns the other nodes as node 0 sees them in this attempt."""
+    """Returns the other nodes as node 0 sees them in an attempt that has begun."""
     current = []
     for said in link.others().values():
-        here = (said.stage, said.attempt) == (stage, attempt) and not said.ready
-        current.append(said.life if here else replace(said.life, ranks=(), exited=None))
+        took_part = (said.stage, said.attempt) == (stage, attempt)
+        # What a node says before it has heard that the attempt began is about the one before.
+        running = took_part and not said.ready
+        current.append(said.life if running else replace(said.life, ranks=(), exited=None, anew=not took_part))
     return current
 
 

@@ -90,7 +90,8 @@ class Ranks:
         exited = self.process.poll()  # before the records: what ended before it has left its record by then
         beats = {beat.rank: beat for beat in heartbeat.read(self._records)}
         ranks = tuple(self._rank_life(record, beats.get(record.rank)) for record in self._own_records())
-        return NodeLife(node, host, ranks, 0.0, asked, exited, _killed_for_memory() > self._killed_for_memory)
+        short = _killed_for_memory() > self._killed_for_memory
+        return NodeLife(node, host, ranks, asked=asked, exited=exited, short_of_memory=short)
 
     def ask_to_stop(self) -> None:
         """Asks every rank once to save a checkpoint and stop; one that comes up later is asked the next time."""

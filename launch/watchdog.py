@@ -59,6 +59,8 @@ class NodeLife:
     """Signal by which its launcher was asked to stop."""
     exited: int | None = None
     """Exit status of its `accelerate launch`."""
+    anew: bool = False
+    """Its launcher has been started again during the attempt: the ranks that took part are gone."""
     short_of_memory: bool = False
     """The kernel has ended processes on it for want of memory since the stage began."""
 
@@ -128,7 +130,7 @@ def judge(stage: str, nodes: list[NodeLife], limit: float, failing: float) -> Ve
     """
     names = _Names(stage, nodes)
     working = [node for node in nodes if node.exited != 0]
-    gone = [node for node in working if node.silent >= limit]
+    gone = [node for node in working if node.silent >= limit or node.anew]
     quiet = [node for node in working if node.silent >= LOST]
     if gone:
         return _gone(names, gone)
@@ -208,6 +210,8 @@ def _gone(names: _Names, gone: list[NodeLife]) -> Verdict:
     said += "".join(f"; likewise {names.node(other)}" for other in gone[1:])
     during = f"stage '{names.stage}': " if names.stage else ""
     message = f"{during}{said}: the node or its link is gone"
+    if node.anew:
+        message = f"{during}{names.node(node)} was launched again"
     return Verdict(NODE_FAILED, message, restart=True)
 
 

@@ -1,5 +1,6 @@
 """Starting all nodes from one host: command lines, output, and requests to stop that reach every node."""
 
+import shlex
 import signal
 import sys
 import threading
@@ -7,10 +8,12 @@ import threading
 import pytest
 
 from engine.errors import PREEMPTED, UserError
+from launch import cli
 from launch import hosts as module
 from launch.hosts import read_hosts, remote_command, run_hosts
 from launch.nodes import Place
 from launch.watchdog import StageError
+from tests.recipes import write_recipe
 
 PLACES = [Place(2, rank, "a") for rank in range(2)]
 HERE = "env HOST={host}"
@@ -99,3 +102,22 @@ def test_the_others_do_not_go_on_for_ever_without_a_node_that_failed(program, mo
     with pytest.raises(StageError) as error:
         run_hosts([], PLACES, ["a", "b"], HERE)
     assert error.value.status == 2
+
+
+def test_a_dry_run_shows_the_commands_of_all_nodes_and_stages_and_runs_nothing(tmp_path, capfd):
+    recipe = write_recipe(tmp_path)
+    arguments = ["launch", recipe, "--hosts", "a,b", "--dry-run", "--set", "teacher.parallel=zero2", "--max-restarts", "2"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*map(str, arguments), "--runs", str(tmp_path / "runs")])
+    assert not stop.value.code
+    lines = capfd.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("# ") and "  " not in line] == [
+        *("# node 0 (a)", "# node 1 (b)", "# stage teacher on node 0", "# stage teacher on node 1")
+    ]
+    for rank, host in enumerate("ab"):
+        words = shlex.split(shlex.split(lines[2 * rank + 1])[-1])
+        assert lines[2 * rank + 1].startswith(f"ssh {host} ")
+        assert words[words.index("--node-rank") + 1] == str(rank)
+        assert words[words.index("--max-restarts") + 1] == "2"
+        assert f"--machine_rank {rank} --main_process_ip a " in lines[2 * rank + 5]
+    assert not (tmp_path / "runs").exists()

@@ -99,21 +99,23 @@ def test_one_number_on_two_hosts_is_a_mistake(place, tmp_path):
         twin.say(sender="twin")
         with twin:
             when(lambda: first.others()[1].sender == "twin")
+            when(lambda: first.others()[1].sender == "1")
         with pytest.raises(UserError, match=r"^--node-rank 1 was given to two launchers"):
             first.check()
 
 
-def test_a_node_that_went_silent_may_be_launched_again(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "FRESH", 0.2)
+def test_a_node_may_be_launched_again_and_its_ranks_of_the_attempt_are_gone(place, tmp_path):
     with line(place(0), tmp_path) as first:
-        with line(place(1), tmp_path):
+        with line(place(1), tmp_path, stage="base", attempt=0):
             when(lambda: first.others())
-        time.sleep(0.3)
+            assert [life.anew for life in lives(first, "base", 0)] == [False]
         again = line(place(1), tmp_path)
         again.say(sender="again")
         with again:
             when(lambda: first.others()[1].sender == "again")
+            time.sleep(2 * module.BEAT)
         first.check()
+        assert [life.anew for life in lives(first, "base", 0)] == [True]
 
 
 def test_a_port_in_use_is_named(place, tmp_path):

@@ -33,9 +33,9 @@ def test_one_node_has_nobody_to_meet():
 
 
 def test_a_node_far_slower_than_the_others_is_bad():
-    found = report(10.0, 4.9, 9.0, 11.0)
+    found = report(10.0, 4.7, 9.0, 11.0)
     assert found.bad_nodes == ["h1"]
-    assert found.nodes[1].problem == "4.90 GB/s to its neighbours, where the median is 9.50"
+    assert found.nodes[1].problem == "4.70 GB/s to its neighbours, where the median is 9.50"
 
 
 def test_nodes_that_differ_a_little_are_fit():

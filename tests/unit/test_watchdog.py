@@ -101,6 +101,12 @@ def test_nodes_with_the_same_name_are_told_apart_by_their_numbers():
     assert "node 1 (same) (rank 1): no heartbeat" in decide(one, two).message
 
 
+def test_a_node_that_was_launched_again_has_lost_its_ranks():
+    verdict = decide(node(0, rank(0)), node(1, anew=True))
+    assert verdict.message == "stage 'base': node b was launched again"
+    assert (verdict.status, verdict.restart) == (NODE_FAILED, True)
+
+
 def test_a_node_that_has_finished_may_be_silent():
     assert decide(node(0, rank(0)), node(1, rank(1, status=0), exited=0, silent=600)) is None
 
