@@ -1,7 +1,7 @@
 """ZeRO levels against plain single-process training: losses, bytes of model state, and the memory that `bothways plan` foretells.
 
-All runs are small BERT models over gloo on this machine. `--only fp32`, `--only bf16` or `--only memory` measures one part alone and
-keeps the figures of the others that were measured at the same commit.
+All runs are small BERT models over gloo on this machine. `--only fp32`, `--only bf16` or `--only memory` measures one part alone
+and keeps the figures of the others that were measured at the same commit.
 """
 
 from __future__ import annotations
