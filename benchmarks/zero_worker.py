@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from engine.rank import die_with_parent
 from engine.stage import Stage, stage_main
 
 
@@ -166,6 +167,7 @@ def reset_peak() -> None:
 
 def main() -> None:
     """Entry point; the first argument says what is measured, the others are those of a stage."""
+    die_with_parent()
     part = sys.argv.pop(1)
     if part == "losses":
         losses()
