@@ -25,7 +25,7 @@ TITLES = {
     "speedup_vs_torch_fp32": "speed-up over the teacher in PyTorch fp32, batch 1",
     "speedup_vs_onnx_fp32": "speed-up over the teacher in ONNX Runtime fp32, batch 1",
     "weight_bytes_ratio": "bytes of weights, engine to teacher",
-    "pretrain_gain_points": "what pretraining gains over random initialisation",
+    "pretrain_gain_points": "what pretraining gains over random initialisation, after one epoch of fine-tuning",
 }
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 
 PROBE_LOGITS = 64
+FREQUENCY_TOKENS = 10_000_000
+"""Tokens from the top of the corpus from which frequencies are estimated."""
 
 
 class NewTokenizer(Strict):
@@ -99,6 +101,7 @@ def run(stage: Stage[PretrainConfig]) -> None:
         training, validation = _corpora(stage, tokenizer)
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
     model = build_model(config.model, "masked_lm", rounded(len(tokenizer)), tokenizer.pad_token_id)
+    predict_frequencies(model, training)
     if config.train.dropout is not None:
         set_dropout(model, config.train.dropout)
     objective = MaskedLanguageModelling(config.objective, len(tokenizer), tokenizer.mask_token_id, tokenizer.all_special_ids)
@@ -111,6 +114,20 @@ def run(stage: Stage[PretrainConfig]) -> None:
     if processes.main:
         _publish(stage, processes, held_out, state, fit.weights, started)
     processes.close()
+
+
+def predict_frequencies(model: Any, corpus: Corpus) -> None:
+    """Sets the bias of the vocabulary projection to the log frequencies of the tokens (Meister et al. 2023, arXiv:2212.09686).
+
+    The weights then learn from the first step on what depends on the context, not first how frequent every token is.
+    """
+    import numpy as np
+    import torch
+
+    bias = model.get_output_embeddings().bias
+    counts = np.bincount(corpus.tokens[:FREQUENCY_TOKENS], minlength=len(bias))[: len(bias)] + 1.0
+    with torch.no_grad():
+        bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
 
 
 def _publish(

@@ -126,7 +126,7 @@ def _training(stage: Stage[Any], place: Place | None) -> str:
             read_zero_config(stage.recipe.find_zero(zero), train, micro, accumulation)
     except UserError as error:
         raise stage.recipe.error(f"stages.{stage.name}.{stage.kind}.train", f"stage '{stage.name}': {error}") from None
-    length = f"{train.epochs:g} epochs" if train.epochs else f"{train.steps:,} steps"
+    length = f"{train.epochs:g} epoch{'' if train.epochs == 1 else 's'}" if train.epochs else f"{train.steps:,} steps"
     zero = f", {stage.config.parallel}" if stage.config.parallel else ""
     return f"{length}, batch {train.batch_size} = micro {micro} × processes {processes} × accumulation {accumulation}{zero}"
 

@@ -1,5 +1,7 @@
 """Masked language modelling: frequencies, isolation of packed documents, parity with Hugging Face."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from engine.models.attention import packed_mask
 from engine.objectives import MlmConfig
 from engine.objectives.mlm import IGNORED, MaskedLanguageModelling
+from engine.pretrain import predict_frequencies
 from engine.randomness import generator
 from tests.unit.models import tiny_masked_lm
 
@@ -93,3 +96,12 @@ def test_loss_and_logits_equal_those_of_hugging_face():
     total, count = objective(64).loss(model, batch)
     assert count == 3
     torch.testing.assert_close(total / count, theirs.loss, rtol=1e-6, atol=1e-6)
+
+
+def test_a_new_model_predicts_every_token_as_often_as_the_corpus_has_it():
+    model = tiny_masked_lm()
+    tokens = np.repeat(np.arange(8), np.arange(8))
+    predict_frequencies(model, SimpleNamespace(tokens=tokens))
+    bias = model.cls.predictions.bias
+    expected = np.bincount(tokens, minlength=len(bias)) + 1.0
+    np.testing.assert_allclose(bias.detach().exp().numpy(), expected / expected.sum(), rtol=1e-5)
