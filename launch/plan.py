@@ -222,6 +222,7 @@ def table(plan: StagePlan) -> Table:
     drawn.add_column("parallel")
     for column in ("parameters", "gradients", "optimizer", "activations", "buffers", "device", "host", "disk"):
         drawn.add_column(column, justify="right")
+    drawn.add_column("fullest in")
     drawn.add_column("fits")
     drawn.add_column("largest micro batch", justify="right")
     for level in plan.levels:
@@ -232,7 +233,7 @@ def table(plan: StagePlan) -> Table:
         if level.usable_micro_batch not in (0, level.largest_micro_batch):
             fitting += f" ({level.usable_micro_batch} divides the batch)"
         name = f"{level.name} *" if level.name == plan.chosen else level.name
-        drawn.add_row(name, *groups, *totals, "yes" if level.fits else "no", fitting)
+        drawn.add_row(name, *groups, *totals, level.need.phase, "yes" if level.fits else "no", fitting)
     return drawn
 
 
