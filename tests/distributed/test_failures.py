@@ -71,7 +71,7 @@ def test_a_pretraining_stage_leaves_nothing_either(tmp_path):
 
 
 def test_a_launcher_that_cannot_start_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "command", lambda stage, overrides: [sys.executable, "-c", "raise SystemExit(3)"])
+    monkeypatch.setattr(local, "command", lambda *arguments: [sys.executable, "-c", "raise SystemExit(3)"])
     (stage,) = load_stages(load_recipe(write_recipe(tmp_path), [], tmp_path / "runs"))
     with pytest.raises(StageError, match=r"could not be started \(exit status 3\)"):
         run_stage(stage, [], print)
