@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from engine.errors import PREEMPTED, USER_ERROR
@@ -82,6 +83,7 @@ def test_a_job_that_loses_a_node_is_requeued_and_ends_with_the_same_bits(bothway
     assert_bit_equal(directory, expected)
 
 
+@pytest.mark.slow
 def test_a_preempted_job_saves_a_checkpoint_and_goes_on_afterwards(bothways, cluster, alone, recipe, tmp_path):
     run = bothways.submit(recipe, tmp_path / "runs", "--stage", "base", "--partition", "low")
     at_checkpoint(run, "base", 2)
@@ -94,6 +96,7 @@ def test_a_preempted_job_saves_a_checkpoint_and_goes_on_afterwards(bothways, clu
     assert_bit_equal(directory, alone)
 
 
+@pytest.mark.slow
 def test_a_node_that_is_not_fit_is_named_and_the_job_goes_on_without_it(bothways, recipe, tmp_path):
     # A driver that fails on the first node.
     tool = tmp_path / "bin/nvidia-smi"
@@ -108,6 +111,7 @@ def test_a_node_that_is_not_fit_is_named_and_the_job_goes_on_without_it(bothways
     assert "node 0 (n1): nvidia-smi fails" in latest(run)["base"].log.read_text()
 
 
+@pytest.mark.slow
 def test_where_requeueing_is_forbidden_another_job_takes_over_and_the_next_stage_waits_for_it(bothways, alone, recipe, tmp_path):
     run = bothways.submit(recipe, tmp_path / "runs", "--sbatch=--no-requeue")
     first = latest(run)["base"]
@@ -122,6 +126,7 @@ def test_where_requeueing_is_forbidden_another_job_takes_over_and_the_next_stage
     assert read_stage(teacher)["inputs"]["model"]["reference"] == "base"
 
 
+@pytest.mark.slow
 def test_a_job_that_was_requeued_too_often_fails_and_the_stages_behind_it_do_not_run(bothways, recipe, tmp_path):
     command = [sys.executable, "-m", "launch.cli", "launch", str(recipe), "--runs", str(tmp_path / "runs"), "--slurm", "--wait"]
     waiting = subprocess.Popen(
@@ -173,6 +178,7 @@ def test_every_task_of_a_sweep_is_a_run_of_its_own(bothways, submitted):
     assert not (runs / "tiny/base").exists()
 
 
+@pytest.mark.slow
 def test_cancel_saves_a_checkpoint_and_takes_the_waiting_stages_away(bothways, recipe, tmp_path):
     run = bothways.submit(recipe, tmp_path / "runs")
     at_checkpoint(run, "base", 2)
