@@ -29,6 +29,7 @@ from engine.checkpoint import MANIFEST, step_numbers
 from engine.errors import USER_ERROR
 from engine.rank import read_records
 from engine.stage import hash_directory, read_stage
+from launch.operators import SHARED_MEMORY, prepare
 from launch.recipe import KINDS
 from launch.resume_check import differences
 from tests.recipes import finetune_section, pretrain_section, ragged_rows, train_section, write_recipe, write_rows
@@ -265,6 +266,7 @@ class Conversions:
 
 def crashes(scratch: Path, runs: int, seed: int) -> Campaign:
     """Kills ranks in `runs` runs: alone and one of two; anywhere, in evaluations, in saves and in conversions."""
+    prepare([SHARED_MEMORY], print)  # else the length of the undisturbed run is that of a build
     rng, campaign = random.Random(seed), Campaign()
     recipe = make_recipe(scratch / "recipe")
     alone = Place(scratch / "alone", recipe, "teacher", 1, [])
