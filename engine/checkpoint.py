@@ -27,7 +27,7 @@ import torch
 from engine import heartbeat
 from engine.distributed import SHARDS, Processes, Trainer
 from engine.errors import UserError, disk_full
-from engine.stage import hash_directory, publish, sha256
+from engine.stage import discard, hash_directory, publish, sha256
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -149,9 +149,9 @@ class Checkpoints:
             self._proceed()
             publish(part, target)
             for step in self.steps()[: -self.keep]:
-                shutil.rmtree(self.directory / f"step-{step:08d}")
+                discard(self.directory / f"step-{step:08d}")
             for path in self.directory.glob(f"*{UNIVERSAL}"):
-                shutil.rmtree(path)
+                discard(path)
             then()
 
     def _hashes_of(self, done: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from engine.checkpoint import Checkpoints, TrainState, step_numbers
 from engine.distributed import Asked, Batch, Loss, Processes, Trainer
 from engine.errors import PREEMPTED, UserError
 from engine.schedule import Schedule
-from engine.stage import publish
+from engine.stage import discard, publish
 from engine.tracking import LOG_EVERY, Tracker
 
 SPIKE_WINDOW = 50
@@ -318,7 +318,7 @@ class Fit:
         directory = self.directory / "weights"
         for step in step_numbers(directory):
             if step not in needed:
-                shutil.rmtree(directory / f"step-{step:08d}")
+                discard(directory / f"step-{step:08d}")
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.processes.asked = True

@@ -72,6 +72,14 @@ def publish(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def discard(directory: Path) -> None:
+    """Removes a directory that bears the name of something complete; killed in between it leaves nothing of that name."""
+    doomed = directory.with_name(directory.name + ".discarded.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    directory.rename(doomed)
+    shutil.rmtree(doomed)
+
+
 def flush_entry(directory: Path) -> None:
     """Forces the entries of one directory to disk, so that a rename in it survives a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)

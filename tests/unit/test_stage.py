@@ -10,7 +10,7 @@ import pytest
 from engine import rank
 from engine.config import FileRef, ModelRef, Strict, load_recipe
 from engine.errors import PREEMPTED, USER_ERROR, UserError, disk_full
-from engine.stage import Stage, hash_directory, publish, read_stage
+from engine.stage import Stage, discard, hash_directory, publish, read_stage
 
 
 class CopyConfig(Strict):
@@ -275,3 +275,19 @@ def test_a_full_disk_is_known_behind_other_libraries_errors():
     assert disk_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
     assert not disk_full(OSError(errno.ENOENT, "No such file or directory"))
     assert not disk_full(json.JSONDecodeError("bad", "", 0))
+
+
+def test_a_directory_that_is_discarded_loses_its_name_before_its_files(tmp_path, monkeypatch):
+    path = tmp_path / "step-00000002"
+    path.mkdir()
+    (path / "state.json").write_text("{}")
+
+    def killed(directory, **named):
+        if directory.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("engine.stage.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            discard(path)
+    assert not path.exists()
