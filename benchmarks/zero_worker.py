@@ -14,10 +14,19 @@ from engine.stage import Stage, stage_main
 
 
 def losses() -> None:
-    """Runs the stage as it is, but logs every step."""
-    from engine import loop, pretrain
+    """Runs the stage as it is, but logs every step; a run that should swap to a disk and does not is an error."""
+    from engine import distributed, loop, pretrain
 
     loop.LOG_EVERY = 1
+    close = distributed.Processes.close
+
+    def checked(processes: Any) -> None:
+        for directory in processes.swapped_to:
+            if not any(path.stat().st_size for path in directory.rglob("*.swp")):
+                raise RuntimeError(f"nothing was swapped to {directory}")
+        close(processes)
+
+    distributed.Processes.close = checked  # type: ignore[method-assign]
     pretrain.main()
 
 

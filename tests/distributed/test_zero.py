@@ -22,7 +22,7 @@ from tests.recipes import (
     write_rows,
 )
 
-WIDE = {"layers": 2, "hidden": 128, "heads": 4, "positions": 64}
+WIDE = {"layers": 2, "hidden": 256, "heads": 4, "positions": 64}
 """Wide enough that shards of a megabyte, the least that is swapped, exist."""
 
 
