@@ -139,12 +139,12 @@ class Follower:
             now = self.link.order
             if self.link.token != token:
                 return Verdict(NODE_FAILED, f"stage '{stage.name}': node 0 was launched again", restart=True)
-            if _same(now, order) and now.verdict:
+            if now.verdict and (now.over or _same(now, order)):
                 return now.verdict
             if not _same(now, order):
-                # Published: our ranks are on their way out.
+                # A later attempt has begun; or it is published, and our ranks are on their way out.
                 moved_on = moved_on or time.monotonic()
-                if life.exited is not None or time.monotonic() - moved_on > GRACE:
+                if now.stage == order.stage or life.exited is not None or time.monotonic() - moved_on > GRACE:
                     return None
             if any(rank.failed for rank in life.ranks) or life.exited:
                 failing = failing or time.monotonic()

@@ -222,10 +222,10 @@ def leading(link: Link) -> Iterator[None]:
         yield
         verdict = None
     except StageError as error:
-        verdict = Verdict(error.status, str(error))
+        verdict = link.order.verdict or Verdict(error.status, str(error))
         raise
     except UserError as error:
-        verdict = Verdict(USER_ERROR, str(error))
+        verdict = link.order.verdict or Verdict(USER_ERROR, str(error))
         raise
     except KeyboardInterrupt:
         verdict = Verdict(130, "interrupted")

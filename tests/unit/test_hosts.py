@@ -106,6 +106,7 @@ def test_the_others_do_not_go_on_for_ever_without_a_node_that_failed(program, mo
 
 def test_a_dry_run_shows_the_commands_of_all_nodes_and_stages_and_runs_nothing(tmp_path, capfd):
     recipe = write_recipe(tmp_path)
+    capfd.readouterr()  # what the libraries say when they are loaded
     arguments = ["launch", recipe, "--hosts", "a,b", "--dry-run", "--set", "teacher.parallel=zero2", "--max-restarts", "2"]
     with pytest.raises(SystemExit) as stop:
         cli.main([*map(str, arguments), "--runs", str(tmp_path / "runs")])
