@@ -41,7 +41,7 @@ class Follower:
         Raises:
             UserError, StageError: what ended node 0, or that it is gone.
         """
-        taken: tuple[str, str, int] | None = None
+        taken: tuple[str, str | None, int] | None = None
         with Requests() as requests, records_of(self.supervision) as records:
             while True:
                 order = self.link.order
