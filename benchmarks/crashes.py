@@ -73,8 +73,9 @@ def _rank(stage: str, argv: list[str], environment: dict[str, str], log: str) ->
 class Run:
     """One attempt at a stage: its ranks, started together."""
 
-    def __init__(self, recipe: Path, stage: str, runs: Path, ranks: int, overrides: list[str]) -> None:
-        self.records = Path(tempfile.mkdtemp(prefix="ranks-", dir=_made(runs.parent)))
+    def __init__(self, recipe: Path, stage: str, runs: Path, ranks: int, overrides: list[str], records: Path) -> None:
+        # Beside the run, as with `bothways run`: a full disk below the run must not silence the ranks.
+        self.records = Path(tempfile.mkdtemp(prefix="ranks-", dir=_made(records)))
         self.log = self.records / "output.log"
         argv = [str(recipe), "--stage", stage, "--runs", str(runs)]
         argv += [part for override in overrides for part in ("--set", override)]
@@ -180,7 +181,7 @@ class Place:
         """Starts or continues the stage in a run directory."""
         ranks = ranks or self.ranks
         spread = [f"{self.stage}.processes={ranks}"]
-        return Run(self.recipe, self.stage, runs, ranks, [*self.overrides, *spread])
+        return Run(self.recipe, self.stage, runs, ranks, [*self.overrides, *spread], self.scratch / "records")
 
     def _finished(self, runs: Path, ranks: int | None = None) -> Path:
         run = self.start(runs, ranks)
