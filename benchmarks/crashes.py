@@ -14,7 +14,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,12 +25,13 @@ from typing import Any
 
 from engine import heartbeat
 from engine.checkpoint import MANIFEST, step_numbers
+from engine.distributed import free_port
 from engine.errors import USER_ERROR
 from engine.rank import read_records
 from engine.stage import hash_directory, read_stage
 from launch.operators import SHARED_MEMORY, prepare
 from launch.recipe import KINDS
-from launch.resume_check import differences
+from launch.resume_check import differences, made
 from tests.recipes import finetune_section, pretrain_section, ragged_rows, train_section, write_recipe, write_rows
 
 STEPS = 24
@@ -46,15 +46,10 @@ SURVIVOR = 5.0
 
 def make_recipe(directory: Path) -> Path:
     """Writes a recipe with a pretraining and a fine-tuning stage, ragged rows and many evaluations and checkpoints."""
-    write_rows(_made(directory) / "rows.jsonl", ragged_rows(400))
+    write_rows(made(directory) / "rows.jsonl", ragged_rows(400))
     train = train_section(steps=STEPS, learning_rate=3e-3, dropout=0.1, evaluate_every=3, checkpoint_every=2)
     stages = {"base": {"pretrain": pretrain_section(train=train)}, "teacher": {"finetune": finetune_section(train=train)}}
     return write_recipe(directory, stages)
-
-
-def _made(directory: Path) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
 
 
 def _rank(stage: str, argv: list[str], environment: dict[str, str], log: str) -> None:
@@ -75,7 +70,7 @@ class Run:
 
     def __init__(self, recipe: Path, stage: str, runs: Path, ranks: int, overrides: list[str], records: Path) -> None:
         # Beside the run, as with `bothways run`: a full disk below the run must not silence the ranks.
-        self.records = Path(tempfile.mkdtemp(prefix="ranks-", dir=_made(records)))
+        self.records = Path(tempfile.mkdtemp(prefix="ranks-", dir=made(records)))
         self.log = self.records / "output.log"
         argv = [str(recipe), "--stage", stage, "--runs", str(runs)]
         argv += [part for override in overrides for part in ("--set", override)]
@@ -83,7 +78,7 @@ class Run:
         context.set_forkserver_preload(PRELOADED)
         common = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", heartbeat.DIRECTORY: str(self.records)}
         if ranks > 1:
-            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "LOCAL_WORLD_SIZE": str(ranks)}
+            common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "LOCAL_WORLD_SIZE": str(ranks)}
         self.ranks = []
         for rank in range(ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
@@ -117,12 +112,6 @@ class Run:
         """Returns (exit status, message) of rank 0."""
         records = read_records(self.records)
         return (records[0].status, records[0].message) if records else (None, "")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def half_trusted(partial: Path) -> list[str]:
@@ -174,7 +163,7 @@ class Place:
         self.scratch, self.recipe, self.stage, self.ranks, self.overrides = scratch, recipe, stage, ranks, overrides
         self.number = 0
         started = time.monotonic()
-        self.whole = self._finished(_made(scratch) / "whole")
+        self.whole = self._finished(made(scratch) / "whole")
         self.seconds = time.monotonic() - started
 
     def start(self, runs: Path, ranks: int | None = None) -> Run:
@@ -317,7 +306,7 @@ def truncations(scratch: Path, cases: int, seed: int) -> Campaign:
 @contextlib.contextmanager
 def small_disk(directory: Path, megabytes: int) -> Iterator[Path]:
     """A tmpfs of a few megabytes; needs root."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(_made(directory))], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(made(directory))], check=True)
     try:
         yield directory
     finally:

@@ -80,7 +80,7 @@ class Processes:
             return Accelerator(gradient_accumulation_steps=self.accumulation, cpu=not self.cuda, mixed_precision="no")
         for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
             os.environ.setdefault(key, value)
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
         config = read_zero_config(self.parallel, self.train, self.micro, self.accumulation, self.host)
         self.swapped_to = prepare_nvme(config)
         self.zero_stage = config["zero_optimization"]["stage"]
@@ -358,7 +358,8 @@ def _hush(cuda: bool) -> None:
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Returns a TCP port of the loopback interface that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -127,12 +127,7 @@ class Follower:
         failing: float | None = None
         moved_on: float | None = None
         while True:
-            ranks.wait()
-            if requests.urgent:
-                ranks.end()
-            elif requests.first:
-                ranks.ask_to_stop()
-            life = ranks.life(self.place.rank, host_name(), requests.first)
+            life = ranks.attend(self.place.rank, host_name(), requests)
             if life.exited and stage.finished():
                 life = replace(life, exited=0)
             self.link.say(life=life)

@@ -161,12 +161,7 @@ def _watch(stage: Stage[Any], ranks: Ranks, requests: Requests, limit: float, li
     """Watches one attempt; returns what ended it, or None when the stage has been published."""
     failing: float | None = None
     while True:
-        ranks.wait()
-        if requests.urgent:
-            ranks.end()
-        elif requests.first:
-            ranks.ask_to_stop()
-        life = ranks.life(0, host_name(), requests.first)
+        life = ranks.attend(0, host_name(), requests)
         # A process can die in its teardown after all was done: the published directory decides.
         if life.exited == 0 or (life.exited is not None and stage.finished()):
             return None

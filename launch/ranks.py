@@ -85,6 +85,15 @@ class Ranks:
             sys.stdout.write(new.decode(errors="replace"))
             sys.stdout.flush()
 
+    def attend(self, node: int, host: str, requests: Requests) -> NodeLife:
+        """Waits until the next look is due, passes on what was requested, and returns this node as it is then."""
+        self.wait()
+        if requests.urgent:
+            self.end()
+        elif requests.first:
+            self.ask_to_stop()
+        return self.life(node, host, requests.first)
+
     def life(self, node: int, host: str, asked: int | None) -> NodeLife:
         """Returns this node as it is now."""
         exited = self.process.poll()  # before the records: what ended before it has left its record by then

@@ -140,7 +140,7 @@ def resume_check(
     short = {"epochs": "null", "steps": steps, "early_stopping": "null", "evaluate_every": every, "checkpoint_every": every}
     settings = [*overrides, *(f"{stage.name}.train.{key}={value}" for key, value in short.items())]
     rng = random.Random(seed)
-    with tempfile.TemporaryDirectory(prefix="resume-check-", dir=_made(runs)) as scratch:
+    with tempfile.TemporaryDirectory(prefix="resume-check-", dir=made(runs)) as scratch:
         place = _Place(path, stage, Path(scratch), settings)
         say(f"stage {stage.name} ({stage.kind}), {steps} steps, a checkpoint every {every}")
         child = place.start("whole")
@@ -155,7 +155,8 @@ def resume_check(
     return trials
 
 
-def _made(directory: Path) -> Path:
+def made(directory: Path) -> Path:
+    """Returns a directory that is there now."""
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 
@@ -175,7 +176,7 @@ class _Place:
         """Starts or continues the trial `name`."""
         directory = self.scratch / name / self.stage.recipe.name
         for source in self.stage.upstream():
-            link = _made(directory) / source
+            link = made(directory) / source
             if not link.exists():
                 link.symlink_to(self.stage.recipe.directory(source).resolve())
         return Child(self.path, self.scratch / name, self.stage.name, self.settings, self.scratch / f"{name}.log")
