@@ -27,6 +27,8 @@ from engine.errors import UserError, did_you_mean
 from engine.rank import run_rank
 
 STAGE_FILE = "stage.json"
+WORK_FILE = "work.json"
+"""In the working directory of a stage: what the run that it belongs to is."""
 
 
 def sha256(path: Path) -> str:
@@ -198,7 +200,7 @@ class Stage(Generic[Section]):
         Raises:
             UserError: an interrupted run of other work lies there and `restart` is not set.
         """
-        marker = self.partial / "work.json"
+        marker = self.partial / WORK_FILE
         work = self._work()
         if self.partial.exists():
             try:

@@ -13,7 +13,7 @@ from typing import Any
 
 from engine import heartbeat
 from engine.errors import UserError, did_you_mean
-from engine.stage import read_stage
+from engine.stage import STAGE_FILE, WORK_FILE, read_stage
 from launch import jobs
 from launch.pipeline import FAILURE
 
@@ -86,7 +86,7 @@ def _stages(run: Path, latest: dict[str, jobs.Job]) -> list[str]:
     """Returns the stages in the order of the recipe, as far as that was written down, and others that lie there."""
     newest = max(latest.values(), key=lambda job: float(job.facts["submitted"]), default=None)
     known = list(newest.facts["stages"]) if newest else []
-    records = [*run.glob("*/stage.json"), *run.glob("*.partial/fingerprint.json")]
+    records = [*run.glob(f"*/{STAGE_FILE}"), *run.glob(f"*.partial/{WORK_FILE}")]
     found = sorted(records, key=lambda path: path.stat().st_mtime)
     return list(dict.fromkeys([*known, *(path.parent.name.removesuffix(".partial") for path in found)]))
 

@@ -14,6 +14,7 @@ import pytest
 from engine import heartbeat
 from engine.errors import PREEMPTED, UserError
 from engine.rank import Record
+from engine.stage import WORK_FILE
 from launch import jobs
 from launch.jobs import Job, JobState, jobs_of, latest, parse_job
 from launch.status import local_run, show, status_of
@@ -170,7 +171,7 @@ def test_a_running_stage_shows_its_step_speed_and_the_oldest_sign_of_life(run, s
 def test_a_local_run_is_found_by_its_lock_and_a_stopped_one_says_why(run, slurm, tmp_path):
     partial = run / "base.partial"
     partial.mkdir(parents=True)
-    (partial / "fingerprint.json").write_text("{}")
+    (partial / WORK_FILE).write_text("{}")
     assert [(stage.stage, stage.state) for stage in status_of(run)] == [("base", "stopped")]
     (partial / "failure.txt").write_text("the loss is not finite\n")
     assert (status_of(run)[0].state, status_of(run)[0].text) == ("failed", "the loss is not finite")
