@@ -93,14 +93,16 @@ def run_rank(work: Callable[[], None], where: str) -> None:
     if recorded:
         die_with_parent()
         _open_files(Path(os.environ[ERROR_DIRECTORY]))
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _stop)
+    _on_request(_stop)
     record = Record(int(os.environ.get("RANK", "0")), os.getpid())
     _write(record)
     heartbeat.beat("start")
     status, message, collective = 0, "", False
     try:
-        work()
+        try:
+            work()
+        finally:
+            _on_request(signal.SIG_IGN)  # the outcome is known: a request to stop that comes late must not replace it
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else 1
     except BaseException as error:
@@ -127,6 +129,11 @@ def _open_files(directory: Path) -> None:
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     # Written by a handler in C: it answers in the middle of a collective operation, too.
     faulthandler.register(signal.SIGUSR2, (directory / f"rank{rank}.stack").open("w"))
+
+
+def _on_request(handler: Any) -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, handler)
 
 
 def _stop(number: int, frame: Any) -> None:

@@ -44,6 +44,14 @@ def test_another_error_keeps_its_traceback(tmp_path):
     assert (record.status, record.message.splitlines()[-1]) == (1, "ValueError: bad")
 
 
+@pytest.mark.parametrize(("what", "status"), [("pass", 0), ("raise ValueError('bad')", 1)])
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
+def test_a_request_to_stop_that_comes_after_the_work_changes_nothing(tmp_path, what, status, number):
+    late = f"import os, signal, weakref; weakref.finalize(os, signal.raise_signal, signal.{number}); {what}"
+    done, record = rank(tmp_path, late)
+    assert (done.returncode, record.status, done.stderr) == (status, status, "")
+
+
 def test_what_a_rank_prints_goes_to_its_log_where_logs_are_kept(tmp_path):
     done, _ = rank(tmp_path, "print('an error', file=sys.stderr)", **{LOGS: "1"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
