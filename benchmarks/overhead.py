@@ -9,6 +9,7 @@ import argparse
 import copy
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -25,7 +26,7 @@ from engine.stage import Stage, stage_main
 
 STAGE = "pretrained"
 TOTAL_STEPS = 100_000
-BLOCK, ROUNDS, REPEATS = 10, 30, 7
+BLOCK, ROUNDS, REPEATS = 5, 120, 7
 OUTPUT = "BOTHWAYS_OVERHEAD_OUTPUT"
 SETTINGS = [f"{STAGE}.train.steps={TOTAL_STEPS}", f"{STAGE}.data.train.share=10%"]
 
@@ -93,6 +94,9 @@ def measure(fit: Any, bare: Any) -> dict[str, Any]:
 
 def _resume(fit: Any, step: int, timed: Any) -> float:
     """Saves as if the run stood at `step`, then measures from loading that checkpoint to the end of the first step."""
+    if fit.processes.main:
+        shutil.rmtree(fit.checkpoints.directory, ignore_errors=True)  # the newest would be taken, and that may be another one
+    fit.processes.barrier()
     fit.state.step = step
     fit._save()
     fit.checkpoints.wait()

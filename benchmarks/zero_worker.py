@@ -51,7 +51,7 @@ def memory(stage: Stage[Any]) -> None:
     for step in range(3):
         torch.manual_seed(step)
         count = float(sum(part["count"] for part in [batch] * processes.accumulation)) * processes.processes
-        trainer.step([batch] * processes.accumulation, step, 1e-4, count, lambda loss: True)
+        trainer.step([batch] * processes.accumulation, step, 1e-4, count)
     record = {"peak": resident(peak=True) - before, **found.bytes()}
     stage.directory.mkdir(parents=True, exist_ok=True)
     (stage.directory / f"rank{processes.rank}.json").write_text(json.dumps(record))

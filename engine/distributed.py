@@ -199,27 +199,28 @@ class Trainer:
         """DeepSpeed clips, and drops a step whose gradient is not finite; otherwise that is done here."""
 
     def step(
-        self, micro_batches: list[Batch], step: int, learning_rate: float, count: float, accept: Callable[[float], bool]
+        self, micro_batches: list[Batch], step: int, learning_rate: float, count: float, largest_loss: float = math.inf
     ) -> tuple[float, float]:
-        """One optimizer step, which is left out when its loss is not accepted or its gradient is not finite.
+        """One optimizer step, which is left out when its loss or gradient is not finite, or its loss too large.
 
         Args:
             micro_batches: this rank's share of the global batch.
             step: number of the step; with the seed it determines dropout.
             learning_rate: of this step.
             count: valid targets of the whole step, over all ranks and micro batches: the one divisor of the loss.
-            accept: says of the step's mean loss, the same on all ranks, whether the weights may follow its gradient.
+            largest_loss: largest mean loss over all ranks whose gradient the weights may follow. A finite one makes the ranks
+                wait for each other between forward and backward pass.
 
         Returns:
-            (mean loss over the step's targets on all ranks, global gradient norm before clipping); a norm that is not finite
-            says that nothing was changed.
+            (summed loss of this rank's targets, global gradient norm before clipping); a norm that is not finite says that
+            nothing was changed, because of a loss or gradient that is not finite or a loss that is too large.
         """
         processes = self.processes
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         # DeepSpeed averages over ranks and accumulation steps; undo that, then divide once by the true count.
         scale = (processes.processes * processes.accumulation if processes.parallel else 1) / count
-        total, mean, accepted = torch.zeros((), device=processes.device), math.nan, True
+        total = torch.zeros((), device=processes.device)
         last = len(micro_batches) - 1
         for index, batch in enumerate(micro_batches):
             heartbeat.beat("forward", step)
@@ -228,13 +229,13 @@ class Trainer:
             loss, _ = self.engine(batch)
             total += loss.detach()
             heartbeat.beat("update", step)
-            if index == last:
-                mean = processes.sum(float(total))[0] / count
-                accepted = accept(mean)
-            # A gradient that is not finite makes DeepSpeed drop the step and clean up after itself.
-            self._backward(loss * (scale if accepted or not self.guarded else math.nan), last=index == last)
-        norm = self._guarded_update() if self.guarded else self._own_update(accepted)
-        return mean, norm
+            # A gradient that is not finite on one rank makes every rank leave the step out.
+            follow = torch.isfinite(total)
+            if index == last and math.isfinite(largest_loss):
+                follow = follow & (processes.sum(float(total))[0] / count <= largest_loss)
+            self._backward(loss * torch.where(follow, scale, math.nan), last=index == last)
+        norm = self._guarded_update() if self.guarded else self._own_update()
+        return float(total), norm
 
     def _backward(self, loss: torch.Tensor, last: bool) -> None:
         if self.processes.parallel is None:
@@ -249,9 +250,9 @@ class Trainer:
         # -1 is DeepSpeed's word for a norm that is not finite.
         return float(norm) if norm is not None and norm >= 0 else math.nan
 
-    def _own_update(self, accepted: bool) -> float:
+    def _own_update(self) -> float:
         parameters = [parameter for parameter in self.engine.parameters() if parameter.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.processes.train.clip)) if accepted else math.nan
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.processes.train.clip))
         if not math.isfinite(norm):
             for parameter in parameters:
                 parameter.grad = None

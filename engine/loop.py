@@ -164,33 +164,37 @@ class Fit:
         count, tokens, asked = processes.sum(count, tokens, processes.asked)
         if count == 0:
             raise UserError(f"step {step} has no valid target: the loss would be undefined; look at the data or the masking")
-        loss, norm = self.trainer.step(batch, step, learning_rate, count, self._accept)
+        largest = self._largest_loss(state)
+        loss, norm = self.trainer.step(batch, step, learning_rate, count, largest)
         state.step = step + 1
         self.window.add(loss, count, tokens, norm, learning_rate)
+        self.problem = self._problem(loss, count, largest)
         return bool(asked)
 
-    def _accept(self, loss: float) -> bool:
-        """Says whether the weights may follow the gradient of a loss."""
-        state, factor = self.state, self.processes.train.bad_steps.spike_factor
-        self.problem = None
+    def _largest_loss(self, state: TrainState) -> float:
+        """Returns the loss above which the next step counts as a spike."""
+        factor, recent = self.processes.train.bad_steps.spike_factor, state.recent_losses
+        return math.inf if factor is None or len(recent) < SPIKE_WINDOW else factor * statistics.median(recent)
+
+    def _problem(self, rank_loss: float, count: float, largest: float) -> str | None:
+        """Says why the update of the step was left out, or None when it was not."""
+        state, factor, finite = self.state, self.processes.train.bad_steps.spike_factor, math.isfinite(self.window.norm)
+        if finite and factor is None:
+            return None
+        loss = self.processes.sum(rank_loss)[0] / count
         if not math.isfinite(loss):
-            self.problem = "the loss is not finite"
-        elif factor is not None:
-            recent = state.recent_losses
-            usual = statistics.median(recent) if len(recent) == SPIKE_WINDOW else math.inf
-            if loss > factor * usual:
-                self.problem = (
-                    f"the loss of {loss:.4g} is above {factor:g} × {usual:.4g}, the median of the {SPIKE_WINDOW} steps before"
-                )
-            else:
-                state.recent_losses = [*recent, loss][-SPIKE_WINDOW:]
-        return self.problem is None
+            return "the loss is not finite"
+        if factor is not None:
+            if loss > largest:
+                usual = f"{largest / factor:.4g}, the median of the {SPIKE_WINDOW} steps before"
+                return f"the loss of {loss:.4g} is above {factor:g} × {usual}"
+            state.recent_losses = [*state.recent_losses, loss][-SPIKE_WINDOW:]
+        # An fp16 gradient that overflows is dropped and scaled down by DeepSpeed: nothing is wrong with the step.
+        return None if finite or self.processes.precision == "fp16" else "the gradient norm is not finite"
 
     def _bad(self, state: TrainState) -> bool:
         """Deals with a step whose update was left out; returns whether training went back to a checkpoint."""
-        norm, policy = self.window.norm, self.processes.train.bad_steps
-        if self.problem is None and not math.isfinite(norm) and self.processes.precision != "fp16":
-            self.problem = "the gradient norm is not finite"
+        policy = self.processes.train.bad_steps
         if self.problem is None:
             return False
         where = f"step {state.step}: {self.problem}"
@@ -255,7 +259,7 @@ class Fit:
     def _log(self) -> None:
         state, window, seconds = self.state, self.window, self.window.seconds()
         state.seconds += seconds
-        loss, speed = window.loss / window.count, window.tokens / seconds
+        loss, speed = self.processes.sum(window.loss)[0] / window.count, window.tokens / seconds
         self.tracker.record(
             state,
             loss=loss,
@@ -336,8 +340,8 @@ class _Window:
         self.started = time.monotonic()
 
     def add(self, loss: float, count: float, tokens: float, norm: float, learning_rate: float) -> None:
-        """Adds one step: its mean loss, targets, tokens, gradient norm and learning rate."""
-        self.loss += loss * count
+        """Adds one step: this rank's summed loss; targets and tokens of all ranks; gradient norm and learning rate."""
+        self.loss += loss
         self.count += count
         self.tokens += tokens
         self.norm, self.learning_rate = norm, learning_rate
