@@ -204,7 +204,7 @@ def theory(stage: int, ranks: int, parameters: int) -> int:
 
 def measure_memory(say: Any = print) -> dict[str, Figure]:
     """Measures state and peak of every run and compares them with theory and with the plan."""
-    from launch.plan import Machine, plan_stage, used
+    from launch.planning.plan import Machine, plan_stage, used
 
     ratios, states = [], []
     with tempfile.TemporaryDirectory() as scratch:

@@ -14,7 +14,7 @@ from engine.models import positions_of, require_weights
 from engine.stage import Stage
 from engine.zero import read_zero_config, zero_config_of
 from launch.local import process_count
-from launch.nodes import Place
+from launch.nodes.place import Place
 from launch.recipe import KINDS
 
 FIRST_LINES = 500

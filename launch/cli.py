@@ -61,7 +61,7 @@ def run(
     A finished stage whose section and inputs have not changed is skipped; one that was killed goes on from its last checkpoint.
     To run a finished stage again, remove its directory.
     """
-    from launch.nodes import Supervision
+    from launch.nodes.place import Supervision
 
     _run_recipe(recipe, overrides, runs, stage, restart, supervision=Supervision(max_restarts, heartbeat_limit))
 
@@ -208,7 +208,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Say what each training stage needs in memory under every ZeRO level, and which micro batch fits."""
-    from launch.plan import print_plan
+    from launch.planning.plan import print_plan
 
     print_plan(recipe, overrides, runs, stage, world_size, gpu_memory, as_json)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.errors import UserError
-from launch.nodes import HEARTBEAT_LIMIT
+from launch.nodes.place import HEARTBEAT_LIMIT
 
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run directories lie.")]
 RunOrRecipe = Annotated[
@@ -69,8 +69,8 @@ def launch_nodes(given: dict[str, Any]) -> None:
         UserError: bad input.
         StageError: a stage or a node failed, or the command was asked to stop.
     """
-    from launch.hosts import attend, read_hosts, run_hosts, show_commands, show_stages
-    from launch.nodes import Place, Supervision, check_ports, place_of
+    from launch.nodes.hosts import attend, read_hosts, run_hosts, show_commands, show_stages
+    from launch.nodes.place import Place, Supervision, check_ports, place_of
 
     attend()
     nodes, rank, address = given["nodes"], given["node_rank"], given["main_address"]
@@ -94,7 +94,7 @@ def launch_nodes(given: dict[str, Any]) -> None:
     place = place_of(nodes, rank, address, *numbers)
     supervision = Supervision(given["max_restarts"], given["heartbeat_limit"], given["records"])
     if given["preflight"]:
-        from launch.preflight import run_preflight
+        from launch.nodes.preflight import run_preflight
 
         place.check(supervision)
         run_preflight(place, supervision.heartbeat_limit, supervision.records, given["as_json"], print)
@@ -141,9 +141,9 @@ def launch_slurm(given: dict[str, Any]) -> None:
     for name in ("node_rank", "main_address", "records", "hosts"):
         if given[name] is not None:
             raise UserError(f"{_flag(name)}: the job takes it from Slurm: leave it out with --slurm")
-    from launch.jobs import wait_for
-    from launch.slurm import BatchOptions
-    from launch.submit import dry_run, prepare_submission, submit, try_submission
+    from launch.slurm.jobs import wait_for
+    from launch.slurm.script import BatchOptions
+    from launch.slurm.submit import dry_run, prepare_submission, submit, try_submission
 
     options = BatchOptions(
         resources={name.replace("_", "-"): given[name] for name in RESOURCES},
@@ -210,7 +210,7 @@ def logs(
     runs: Runs = Path("runs"),
 ) -> None:
     """Print the log of a run's latest Slurm job, or of one of its ranks."""
-    from launch.jobs import show_log
+    from launch.slurm.jobs import show_log
 
     show_log(_find(run, runs)[0], stage, rank, follow)
 

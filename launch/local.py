@@ -18,9 +18,9 @@ from engine.errors import USER_ERROR, UserError
 from engine.rank import ERROR_DIRECTORY, LOGS
 from engine.stage import Stage
 from engine.zero import Host, read_zero_config, zero_config_of
-from launch.link import Link, gather, host_name, lives
 from launch.machine import cores, gpus
-from launch.nodes import Place, Supervision, network
+from launch.nodes.link import Link, gather, host_name, lives
+from launch.nodes.place import Place, Supervision, network
 from launch.operators import needed_operators, prepare
 from launch.ranks import Ranks, Requests, ending
 from launch.recipe import KINDS

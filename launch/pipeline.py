@@ -19,10 +19,10 @@ from engine.config import Recipe, load_recipe
 from engine.errors import UserError, did_you_mean
 from engine.stage import Stage, digest, read_stage
 from launch.check import check_recipe
-from launch.follow import Follower
-from launch.link import Link, Report, host_name, leading
 from launch.local import run_stage
-from launch.nodes import Place, Supervision
+from launch.nodes.follow import Follower
+from launch.nodes.link import Link, Report, host_name, leading
+from launch.nodes.place import Place, Supervision
 from launch.recipe import load_stages
 from launch.watchdog import NodeLife, StageError
 

@@ -14,8 +14,8 @@ from typing import Any
 from engine import heartbeat
 from engine.errors import UserError, did_you_mean
 from engine.stage import STAGE_FILE, WORK_FILE, read_stage
-from launch import jobs
 from launch.pipeline import FAILURE
+from launch.slurm import jobs
 
 DOT = " · "
 

@@ -8,7 +8,7 @@ import pytest
 from engine.config import load_recipe
 from engine.errors import UserError
 from launch.local import run_stage
-from launch.nodes import Supervision
+from launch.nodes.place import Supervision
 from launch.recipe import KINDS, load_stages
 from launch.watchdog import StageError
 from tests.distributed.conftest import TWO, Bothways, kill, succeed

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.jobs import latest
 from launch.operators import SHARED_MEMORY, prepare
+from launch.slurm.jobs import latest
 from launch.status import status_of
 from tests.recipes import finetune_section, pretrain_section, ragged_rows, train_section, write_recipe, write_rows
 from tests.slurm.cluster import Cluster, why_not

@@ -9,9 +9,9 @@ import pytest
 
 from engine.errors import PREEMPTED, UserError
 from launch import cli
-from launch import hosts as module
-from launch.hosts import read_hosts, remote_command, run_hosts
-from launch.nodes import Place
+from launch.nodes import hosts as module
+from launch.nodes.hosts import read_hosts, remote_command, run_hosts
+from launch.nodes.place import Place
 from launch.watchdog import StageError
 from tests.recipes import write_recipe
 
@@ -79,7 +79,7 @@ def test_a_node_that_fails_gives_the_status(program):
 
 
 STOPPABLE = """
-from launch.hosts import attend
+from launch.nodes.hosts import attend
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 attend()
 print('up', flush=True)

@@ -15,8 +15,8 @@ from engine import heartbeat
 from engine.errors import PREEMPTED, UserError
 from engine.rank import Record
 from engine.stage import WORK_FILE
-from launch import jobs
-from launch.jobs import Job, JobState, jobs_of, latest, parse_job
+from launch.slurm import jobs
+from launch.slurm.jobs import Job, JobState, jobs_of, latest, parse_job
 from launch.status import local_run, show, status_of
 from launch.watchdog import StageError
 

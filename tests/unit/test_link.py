@@ -7,9 +7,9 @@ import time
 import pytest
 
 from engine.errors import NODE_FAILED, PREEMPTED, UserError
-from launch import link as module
-from launch.link import Link, Order, Report, gather, leading, lives
-from launch.nodes import Place
+from launch.nodes import link as module
+from launch.nodes.link import Link, Order, Report, gather, leading, lives
+from launch.nodes.place import Place
 from launch.ranks import Requests
 from launch.watchdog import NodeLife, RankLife, StageError, Verdict
 

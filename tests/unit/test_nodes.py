@@ -6,9 +6,10 @@ import pytest
 
 from engine.config import load_recipe
 from engine.errors import UserError
-from launch import local, nodes
+from launch import local
 from launch.local import command, process_count
-from launch.nodes import PORT, Place, Supervision, interface_to, network, node_command, place_of
+from launch.nodes import place as nodes
+from launch.nodes.place import PORT, Place, Supervision, interface_to, network, node_command, place_of
 from launch.recipe import load_stages
 from tests.recipes import write_recipe
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from engine.config import load_recipe
 from engine.errors import UserError
 from engine.zero import SHIPPED
-from launch import footprint, plan
-from launch.footprint import Measured, Moment, frontier
-from launch.memory import Level, Need, Setting
-from launch.plan import Machine, machine_for, parse_bytes, plan_level, plan_stage, print_plan, used
+from launch.planning import footprint, plan
+from launch.planning.footprint import Measured, Moment, frontier
+from launch.planning.memory import Level, Need, Setting
+from launch.planning.plan import Machine, machine_for, parse_bytes, plan_level, plan_stage, print_plan, used
 from launch.recipe import load_stages
 from tests.recipes import finetune_section, train_section, write_recipe
 from tests.unit.models import tiny_masked_lm

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from launch.nodes import Place
-from launch.preflight import NodeReport, Report, conclude
-from launch.preflight_rank import pairs
+from launch.nodes.place import Place
+from launch.nodes.preflight import NodeReport, Report, conclude
+from launch.nodes.preflight_rank import pairs
 from tests.distributed.conftest import ROOT
 
 

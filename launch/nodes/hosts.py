@@ -19,7 +19,7 @@ from typing import IO, Any
 from engine.errors import PREEMPTED, UserError
 from engine.stage import Stage
 from launch import local
-from launch.nodes import Place, node_command, shown
+from launch.nodes.place import Place, node_command, shown
 from launch.ranks import POLL, Requests
 from launch.recipe import KINDS
 from launch.watchdog import StageError

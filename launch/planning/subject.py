@@ -12,8 +12,8 @@ from engine.errors import UserError
 from engine.models import build_model, load_model, load_tokenizer, set_dropout, size_of
 from engine.pretrain import PretrainConfig, rounded
 from engine.stage import Stage, read_stage
-from launch import footprint
-from launch.footprint import Build
+from launch.planning import footprint
+from launch.planning.footprint import Build
 from launch.recipe import KINDS
 
 

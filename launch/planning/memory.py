@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.zero import offload_devices
-from launch.footprint import Footprint, Moment
+from launch.planning.footprint import Footprint, Moment
 
 Place = Literal["device", "host", "disk"]
 Group = Literal["parameters", "gradients", "optimizer", "activations", "buffers"]

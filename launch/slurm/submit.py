@@ -18,12 +18,12 @@ from engine.config import Recipe, load_recipe
 from engine.errors import UserError
 from engine.stage import Stage
 from launch.check import check_recipe
-from launch.jobs import JOB_FILE, Job, last_line, latest
-from launch.nodes import Place
+from launch.nodes.place import Place
 from launch.pipeline import choose_stages, require_finished
 from launch.recipe import load_stages
-from launch.slurm import Batch, BatchOptions, Task
-from launch.sweep import Variant, expand_sweep
+from launch.slurm.jobs import JOB_FILE, Job, last_line, latest
+from launch.slurm.script import Batch, BatchOptions, Task
+from launch.slurm.sweep import Variant, expand_sweep
 
 
 @dataclass(frozen=True)

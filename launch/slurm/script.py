@@ -193,7 +193,7 @@ def minutes(text: str) -> float | None:
 def _template() -> Any:
     import jinja2
 
-    loader = jinja2.PackageLoader("launch")
+    loader = jinja2.PackageLoader("launch.slurm", "")
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
     environment.filters["words"] = lambda values: shlex.join(str(value) for value in values)

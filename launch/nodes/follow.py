@@ -12,9 +12,9 @@ from typing import Any
 from engine.config import Recipe
 from engine.errors import NODE_FAILED, PREEMPTED, UserError
 from engine.stage import Stage
-from launch.link import JOIN_SECONDS, Link, Order, host_name
 from launch.local import failure, prepare_operators, records_of, start
-from launch.nodes import Place, Supervision
+from launch.nodes.link import JOIN_SECONDS, Link, Order, host_name
+from launch.nodes.place import Place, Supervision
 from launch.ranks import POLL, Ranks, Requests, ending
 from launch.recipe import load_stages
 from launch.watchdog import GRACE, LOST, NodeLife, StageError, Verdict, judge, may_restart

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import NODE_FAILED
-from launch.link import host_name
 from launch.machine import gpus
-from launch.nodes import Place, network
-from launch.preflight_rank import MEGABYTES
+from launch.nodes.link import host_name
+from launch.nodes.place import Place, network
+from launch.nodes.preflight_rank import MEGABYTES
 from launch.watchdog import StageError
 
 SLOW = 0.5
@@ -187,7 +187,7 @@ def _run_ranks(store: Any, place: Place, limit: float) -> None:
     processes = []
     for local in range(place.processes):
         numbers = {"RANK": str(place.rank * place.processes + local), "LOCAL_RANK": str(local)}
-        command = [sys.executable, "-m", "launch.preflight_rank", str(limit)]
+        command = [sys.executable, "-m", "launch.nodes.preflight_rank", str(limit)]
         processes.append(subprocess.Popen(command, env=common | numbers, stderr=subprocess.PIPE, text=True))
     problem = ""
     give_up = time.monotonic() + 2 * limit

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import NODE_FAILED, PREEMPTED, USER_ERROR, UserError
-from launch.nodes import Place, resolve
+from launch.nodes.place import Place, resolve
 from launch.ranks import Requests
 from launch.watchdog import NodeLife, StageError, Verdict
 

@@ -20,13 +20,13 @@ from engine.data.batches import accumulation_steps
 from engine.errors import UserError, did_you_mean
 from engine.stage import Stage
 from engine.zero import read_zero_config, zero_config_of
-from launch import footprint
-from launch.footprint import Measured
 from launch.local import process_count
 from launch.machine import gpus
-from launch.memory import Level, Need, Setting
+from launch.planning import footprint
+from launch.planning.footprint import Measured
+from launch.planning.memory import Level, Need, Setting
+from launch.planning.subject import subject_of
 from launch.recipe import KINDS
-from launch.subject import subject_of
 
 LEVELS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme"]
 """What is compared; the configuration of the stage is added when it is another one."""

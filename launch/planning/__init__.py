@@ -1,0 +1,1 @@
+"""What a training stage needs in memory, before anything runs."""
