@@ -172,7 +172,7 @@ def _tokenizer_directory(stage: Stage[PretrainConfig]) -> Path | str:
         from engine.data.wordpiece import learn_wordpiece
 
         rows = read_rows(stage.config.data.train, stage.recipe, [stage.config.text])
-        texts = (str(row[stage.config.text]) for _, row in rows)
+        texts = (str(row[stage.config.text]) for row in rows)
         learn_wordpiece(texts, config.train.vocab_size, config.train.lowercase, config.train.documents, directory)
     return directory
 

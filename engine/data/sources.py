@@ -21,6 +21,18 @@ from engine.config import FileRef, Fraction, Recipe, Strict
 from engine.errors import UserError, did_you_mean
 
 Row = dict[str, Any]
+"""Column name to value."""
+
+
+class PlacedRow(Row):
+    """A row that knows where it stands in its file, for messages."""
+
+    __slots__ = ("line", "path")
+
+    def __init__(self, values: Row, path: Path, line: int) -> None:
+        super().__init__(values)
+        self.path, self.line = path, line
+
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _FORMATS = (".jsonl", ".csv", ".tsv", ".txt")
@@ -50,8 +62,8 @@ def source_format(path: Path) -> str:
     return suffix
 
 
-def read_rows(source: SourceConfig, recipe: Recipe, columns: list[str], lines: int | None = None) -> Iterator[tuple[int, Row]]:
-    """Yields (line number, row) of every kept row.
+def read_rows(source: SourceConfig, recipe: Recipe, columns: list[str], lines: int | None = None) -> Iterator[Row]:
+    """Yields every kept row.
 
     Args:
         source: the file and its filter.
@@ -80,7 +92,7 @@ def read_rows(source: SourceConfig, recipe: Recipe, columns: list[str], lines: i
             if row[column] is None or row[column] == "":
                 raise UserError(f"{path}:{line}: column '{column}' is empty in this row")
         kept += 1
-        yield line, row
+        yield PlacedRow(row, path, line)
     if kept == 0 and (lines is None or line < lines):
         raise UserError(
             f"{path}: no rows" + (f" where {source.where}" if source.where else "") + ": an empty data set cannot be used"

@@ -55,13 +55,13 @@ def load_splits(data: DataConfig, recipe: Recipe, key: str, columns: list[str]) 
     low = 0.0
     for name, part in (("test", data.test), ("validation", data.validation)):
         if isinstance(part, SourceConfig):
-            rows[name] = [row for _, row in read_rows(part, recipe, columns)]
+            rows[name] = list(read_rows(part, recipe, columns))
         elif part:
             rows[name] = []
             shares.append((name, low, low + part))
             low += part
     rows["train"] = []
-    for _, row in read_rows(data.train, recipe, columns):
+    for row in read_rows(data.train, recipe, columns):
         share = share_of(str(row[key])) if shares else 1.0
         name = next((name for name, low, high in shares if low <= share < high), "train")
         rows[name].append(row)

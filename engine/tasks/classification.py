@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from engine.data.sources import Row
+from engine.data.sources import PlacedRow, Row
 from engine.errors import UserError, did_you_mean
 from engine.models import check_length, load_tokenizer, read_config
 from engine.tasks import ClassificationConfig
@@ -77,7 +77,7 @@ class Classification:
             {"input_ids", "token_type_ids", "label", "id"} of each row; "label" is None for an unlabelled row.
 
         Raises:
-            UserError: a label that training never saw.
+            UserError: a label that training never saw; names file and line of a row that was read from one.
         """
         config = self.config
         texts = [str(row[config.text]) for row in rows]
@@ -91,7 +91,8 @@ class Classification:
         for index, row in enumerate(rows):
             label = config.label_of(row)
             if label is not None and label not in number:
-                raise UserError(f"label '{label}' is not among the training labels{did_you_mean(label, self.labels)}")
+                where = f"{row.path}:{row.line}: " if isinstance(row, PlacedRow) else ""
+                raise UserError(f"{where}label '{label}' is not among the training labels{did_you_mean(label, self.labels)}")
             key = "\t".join([texts[index], *([pairs[index]] if pairs else [])])
             ids = encoded["input_ids"][index]
             examples.append(

@@ -122,7 +122,7 @@ def transfer_texts(transfer: TransferConfig, stage: Stage[Any], held_out: set[st
         UserError: the source cannot be read, or nothing is left of it.
     """
     found: dict[str, None] = {}
-    for _, row in read_rows(transfer, stage.recipe, [transfer.text]):
+    for row in read_rows(transfer, stage.recipe, [transfer.text]):
         text = str(row[transfer.text])
         for part in sentences_of(text) if transfer.sentences else [text]:
             if transfer.min_words <= len(part.split()) <= transfer.max_words and part not in held_out:

@@ -1,5 +1,7 @@
 """The classification task and its losses."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from engine.evaluate import Alone, classifier_logits, evaluate_classifier
 from engine.tasks import ClassificationConfig
 from engine.tasks.classification import Classification
 from export.compress.distill import classification_loss, layers_to_keep, matched, sentences_of, token_mse
+from tests.recipes import run_here, write_recipe, write_rows
 from tests.unit.models import tiny_classifier, tiny_tokenizer
 
 ROWS = [
@@ -58,6 +61,13 @@ def test_over_long_rows_are_cut_and_counted(task):
 def test_an_unseen_label_is_named(task):
     with pytest.raises(UserError, match="label '2' is not among the training labels"):
         task.encode([{"text": "a", "label": "2"}])
+
+
+def test_an_unseen_label_of_a_file_is_named_with_its_line(tmp_path):
+    recipe = write_recipe(tmp_path)
+    path = write_rows(tmp_path / "validation.jsonl", [*ROWS, {"text": "a", "label": "2"}])
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}:4: label '2' is not among the training labels"):
+        run_here(recipe, "teacher", tmp_path / "runs", "teacher.data.validation=validation.jsonl")
 
 
 def test_one_label_alone_is_refused():
