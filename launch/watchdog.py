@@ -140,7 +140,7 @@ def judge(stage: str, nodes: list[NodeLife], limit: float, failing: float) -> Ve
     stuck = [rank for rank in ranks if _overdue(rank, limit)]
     if stuck and quiet:
         return _gone(names, quiet)
-    return _stall(names, stuck) if stuck else None
+    return _stall(names, ranks, stuck) if stuck else None
 
 
 def _overdue(rank: RankLife, limit: float) -> bool:
@@ -158,9 +158,10 @@ def _failure(names: _Names, nodes: list[NodeLife], quiet: list[NodeLife], limit:
     # A checkpoint that is being written may take its time; nothing else may.
     stopping = bool(asked or (ended and ended[0].status == PREEMPTED)) and not causes and not killed
     patience = limit if stopping else GRACE
+    settled = all_over or failing >= (SETTLE if len(nodes) > 1 else 0)
     if len(nodes) == 1 and not all_over and failing < patience:
         return None
-    if causes and failing >= (SETTLE if len(nodes) > 1 else 0):
+    if causes and settled:
         return _crash(names, causes[0])
     if asked and (all_over or killed or failing >= patience):
         return Verdict(
@@ -168,7 +169,7 @@ def _failure(names: _Names, nodes: list[NodeLife], quiet: list[NodeLife], limit:
         )
     if quiet and not stopping:
         return _gone(names, quiet)
-    if killed and failing >= (SETTLE if len(nodes) > 1 else 0):
+    if killed and settled:
         return _killed(names, killed[0])
     if not all_over and failing < patience:
         return None
@@ -215,10 +216,11 @@ def _gone(names: _Names, gone: list[NodeLife]) -> Verdict:
     return Verdict(NODE_FAILED, message, restart=True)
 
 
-def _stall(names: _Names, stuck: list[RankLife]) -> Verdict:
-    # Ranks that wait for another one in a collective operation have come further than the one that hangs.
-    furthest_back = min(_progress(rank) for rank in stuck)
-    culprits = [rank for rank in stuck if rank.stopped] or [rank for rank in stuck if _progress(rank) == furthest_back]
+def _stall(names: _Names, ranks: list[RankLife], stuck: list[RankLife]) -> Verdict:
+    # Ranks that wait for another one in a collective operation have come further than the one that hangs, or hang for longer.
+    running = [rank for rank in ranks if rank.status is None and rank.beat]
+    last = [rank for rank in running if _progress(rank) == min(map(_progress, running))]
+    culprits = [rank for rank in running if rank.stopped] or [rank for rank in last if rank in stuck] or last
     beat = max((rank.beat for rank in culprits if rank.beat), key=lambda beat: beat.age_seconds)
     who = ", ".join(f"{names.of(rank)}" for rank in culprits)
     stopped = " (the process is stopped)" if culprits[0].stopped else ""

@@ -88,7 +88,11 @@ def test_an_unchanged_stage_is_skipped_and_a_changed_one_runs_again(recipe, alon
 def test_ctrl_c_stops_with_a_checkpoint_and_130(recipe, alone, tmp_path):
     run = Bothways(recipe, tmp_path / "runs", "--stage", "teacher")
     run.at_checkpoint("teacher", 2)
+    (rank,) = run.records()
+    os.kill(rank.pid, signal.SIGSTOP)  # else it may have finished before it is asked
     run.process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    os.kill(rank.pid, signal.SIGCONT)
     status, _, err = run.wait()
     assert (status, err) == (130, "error: stage 'teacher' was asked to stop: run again to go on\n")
     succeed(Bothways(recipe, tmp_path / "runs", "--stage", "teacher"))

@@ -51,6 +51,13 @@ def test_those_that_wait_for_the_rank_that_hangs_are_not_blamed():
     assert behind.stuck == (2,)
 
 
+def test_the_rank_that_hangs_may_be_seen_a_moment_later_than_those_that_wait_for_it():
+    waiting = node(0, rank(0, age=60.2))
+    assert decide(waiting, node(1, rank(1, "forward", age=59.9))).stuck == (1,)
+    assert decide(waiting, node(1, rank(1, age=59.9, stopped=True))).stuck == (1,)
+    assert decide(waiting, node(1, rank(1, age=59.9))).stuck == (0,)
+
+
 def test_a_stopped_process_is_the_one_that_hangs():
     verdict = decide(node(0, rank(0, age=61), rank(1, age=61, stopped=True)))
     assert verdict.stuck == (1,)
@@ -120,6 +127,12 @@ def test_the_first_cause_is_shown_and_not_what_it_took_along():
     assert verdict.message == "stage 'base' crashed in process 2 on node b: KeyError: 'x'"
     assert verdict.details == "Traceback\nKeyError: 'x'"
     assert (verdict.status, verdict.restart) == (1, True)
+
+
+def test_a_cause_is_known_at_once_when_all_is_over():
+    nodes = (node(0, crashed(0, collective=True), exited=1), node(1, crashed(1, message="Traceback\nKeyError: 'x'"), exited=1))
+    verdict = decide(*nodes, failing=0.1)
+    assert (verdict.status, verdict.message) == (1, "stage 'base' crashed in process 1 on node b: KeyError: 'x'")
 
 
 def test_on_several_nodes_the_cause_may_be_on_its_way():
