@@ -31,6 +31,7 @@ from launch.recipe import KINDS
 STEPS = 50
 TIMEOUT = 300.0
 VOCABULARY = 4096
+TOPICS = 30
 STATE_TABLE = HERE / "results" / "zero_state.csv"
 LOSS_MODEL = {"layers": 2, "hidden": 128, "heads": 4, "positions": 64}
 MEMORY_MODEL = {"layers": 4, "hidden": 512, "heads": 8, "positions": 128}
@@ -88,13 +89,14 @@ MEMORY = [
 
 
 def write_work(directory: Path, model: dict[str, int], train: dict[str, Any], length: int) -> Path:
-    """Writes rows of 1 to 40 random words and a pretraining recipe on them; returns the recipe."""
+    """Writes rows of 1 to 40 words of one topic each and a pretraining recipe on them; returns the recipe."""
     rng = np.random.default_rng(0)
     words = np.asarray(["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), rng.integers(2, 9))) for _ in range(3000)])
-    # Some words are frequent and follow each other, so that there is something to learn.
-    shares = 1 / np.arange(1, len(words) + 1)
+    # Some words are frequent, and every row has those of one topic, so that the context says something.
+    topics = [words[number::TOPICS] for number in range(TOPICS)]
+    shares = 1 / np.arange(1, len(words) // TOPICS + 1)
     shares /= shares.sum()
-    rows = [" ".join(rng.choice(words, rng.integers(1, 41), p=shares)) for _ in range(1000)]
+    rows = [" ".join(rng.choice(topics[number % TOPICS], rng.integers(1, 41), p=shares)) for number in range(1000)]
     (directory / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     base = {
         "model": model,

@@ -77,7 +77,12 @@ def build_model(shape: ScratchConfig, head: Head, vocab_size: int, pad_id: int, 
         max_position_embeddings=shape.positions,
         pad_token_id=pad_id,
     )
-    return _auto_class(head).from_config(config, attn_implementation=attention or default_attention())
+    model = _auto_class(head).from_config(config, attn_implementation=attention or default_attention())
+    if head == "masked_lm":
+        from engine.models.vocabulary import VocabularyProjection
+
+        model.get_output_embeddings().__class__ = VocabularyProjection
+    return model
 
 
 def read_config(model: Path | str) -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.models import ScratchConfig, build_model
 from engine.models.attention import packed_mask
 from engine.objectives import MlmConfig
 from engine.objectives.mlm import IGNORED, MaskedLanguageModelling
@@ -105,3 +106,14 @@ def test_a_new_model_predicts_every_token_as_often_as_the_corpus_has_it():
     bias = model.cls.predictions.bias
     expected = np.bincount(tokens, minlength=len(bias)) + 1.0
     np.testing.assert_allclose(bias.detach().exp().numpy(), expected / expected.sum(), rtol=1e-5)
+
+
+def test_log_frequencies_are_not_rounded_under_autocast():
+    shape = ScratchConfig(layers=1, hidden=32, heads=4, positions=16)
+    model = build_model(shape, "masked_lm", 64, 0).eval()
+    predict_frequencies(model, SimpleNamespace(tokens=np.repeat(np.arange(64), np.arange(64) ** 2)))
+    bias = model.cls.predictions.bias
+    hidden = torch.zeros(3, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scores = model.cls.predictions.decoder(hidden)
+    assert torch.equal(scores, bias.expand(3, -1))
