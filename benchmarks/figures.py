@@ -102,9 +102,10 @@ def merge_result(name: str, command: str, commit: str, figures: dict[str, Figure
 
 
 def head() -> str:
-    """Returns the commit that is checked out, with `-dirty` when tracked files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    """Returns the commit that is checked out, with `-dirty` when tracked files other than results differ from it."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", ":!benchmarks/results"], cwd=ROOT).returncode
+    return commit + ("-dirty" if changed else "")
 
 
 def machine() -> dict[str, Any]:

@@ -253,7 +253,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks zero", description=__doc__)
     parser.add_argument("--only", choices=list(PARTS), help="measure this part alone")
     chosen = parser.parse_args(argv)
-    commit = head().removesuffix("-dirty")
+    commit = head()
     before = read_results(RESULTS).get("zero", {})
     figures: dict[str, Figure] = dict(before.get("figures", {})) if chosen.only and before.get("commit") == commit else {}
     for name, measure in PARTS.items():
