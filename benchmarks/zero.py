@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from benchmarks.figures import HERE, RESULTS, ROOT, Figure, figure, head, read_results, write_result
+from benchmarks.figures import HERE, ROOT, Figure, figure, head, merge_result
 from engine.config import load_recipe
 from engine.errors import UserError
 from engine.stage import Stage
@@ -253,10 +253,6 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks zero", description=__doc__)
     parser.add_argument("--only", choices=list(PARTS), help="measure this part alone")
     chosen = parser.parse_args(argv)
-    commit = head()
-    before = read_results(RESULTS).get("zero", {})
-    figures: dict[str, Figure] = dict(before.get("figures", {})) if chosen.only and before.get("commit") == commit else {}
     for name, measure in PARTS.items():
         if chosen.only in (None, name):
-            figures |= measure()
-    print(write_result("zero", "python -m benchmarks zero", commit, figures))
+            print(merge_result("zero", "python -m benchmarks zero", head(), measure()))

@@ -219,7 +219,8 @@ def _gone(names: _Names, gone: list[NodeLife]) -> Verdict:
 def _stall(names: _Names, ranks: list[RankLife], stuck: list[RankLife]) -> Verdict:
     # Ranks that wait for another one in a collective operation have come further than the one that hangs, or hang for longer.
     running = [rank for rank in ranks if rank.status is None and rank.beat]
-    last = [rank for rank in running if _progress(rank) == min(map(_progress, running))]
+    furthest_back = min(map(_progress, running))
+    last = [rank for rank in running if _progress(rank) == furthest_back]
     culprits = [rank for rank in running if rank.stopped] or [rank for rank in last if rank in stuck] or last
     beat = max((rank.beat for rank in culprits if rank.beat), key=lambda beat: beat.age_seconds)
     who = ", ".join(f"{names.of(rank)}" for rank in culprits)
