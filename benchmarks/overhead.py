@@ -50,8 +50,8 @@ def measure(fit: Any) -> dict[str, Any]:
 
     def ours(steps: range) -> None:
         for _ in steps:
-            asked = fit._step(fit.state)
-            assert not fit._bad(fit.state)
+            asked, problem = fit._step(fit.state)
+            assert problem is None
             fit._after_step(asked)
 
     def timed(work: Any, *arguments: Any) -> float:

@@ -48,10 +48,10 @@ def memory(stage: Stage[Any]) -> None:
     model, loss, batch = subject(stage, processes.micro)
     trainer = Trainer(processes, model, loss)
     found = Held(trainer)
+    count = torch.tensor(batch["count"] * processes.accumulation * processes.processes, dtype=torch.float64)
     for step in range(3):
         torch.manual_seed(step)
-        count = float(sum(part["count"] for part in [batch] * processes.accumulation)) * processes.processes
-        trainer.step([batch] * processes.accumulation, step, 1e-4, count)
+        trainer.step([batch] * processes.accumulation, step, 1e-4, lambda: count)
     record = {"peak": resident(peak=True) - before, **found.bytes()}
     stage.directory.mkdir(parents=True, exist_ok=True)
     (stage.directory / f"rank{processes.rank}.json").write_text(json.dumps(record))

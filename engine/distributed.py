@@ -150,11 +150,25 @@ class Processes:
 
     def sum(self, *values: float) -> list[float]:
         """Returns each value summed over all ranks, in float64."""
-        if self.processes == 1:
-            return list(values)
+        return list(values) if self.processes == 1 else self.summing(*values)().tolist()
+
+    def summing(self, *values: float) -> Callable[[], torch.Tensor]:
+        """Begins to sum each value over all ranks.
+
+        Returns:
+            a function that waits for the sums, of shape (values,), float64, on this rank's device, and returns them. A GPU waits
+            for them in its own stream: the host goes on.
+        """
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(total)
-        return total.tolist()
+        if self.processes == 1:
+            return lambda: total
+        work = torch.distributed.all_reduce(total, async_op=True)
+
+        def sums() -> torch.Tensor:
+            work.wait()
+            return total
+
+        return sums
 
     def close(self) -> None:
         """Leaves the process group; waits for the others first. What was swapped to a disk is removed."""
@@ -199,7 +213,12 @@ class Trainer:
         """DeepSpeed clips, and drops a step whose gradient is not finite; otherwise that is done here."""
 
     def step(
-        self, micro_batches: list[Batch], step: int, learning_rate: float, count: float, largest_loss: float = math.inf
+        self,
+        micro_batches: list[Batch],
+        step: int,
+        learning_rate: float,
+        count: Callable[[], torch.Tensor],
+        largest_loss: float = math.inf,
     ) -> tuple[float, float]:
         """One optimizer step, which is left out when its loss or gradient is not finite, or its loss too large.
 
@@ -207,7 +226,8 @@ class Trainer:
             micro_batches: this rank's share of the global batch.
             step: number of the step; with the seed it determines dropout.
             learning_rate: of this step.
-            count: valid targets of the whole step, over all ranks and micro batches: the one divisor of the loss.
+            count: returns the valid targets of the whole step, over all ranks and micro batches, of shape (): the one divisor of
+                the loss. Called after a forward pass, beside which the ranks sum it up. With 0 the update is left out.
             largest_loss: largest mean loss over all ranks whose gradient the weights may follow. A finite one makes the ranks
                 wait for each other between forward and backward pass.
 
@@ -219,7 +239,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         # DeepSpeed averages over ranks and accumulation steps; undo that, then divide once by the true count.
-        scale = (processes.processes * processes.accumulation if processes.parallel else 1) / count
+        averaged = processes.processes * processes.accumulation if processes.parallel else 1
         total = torch.zeros((), device=processes.device)
         last = len(micro_batches) - 1
         for index, batch in enumerate(micro_batches):
@@ -232,7 +252,8 @@ class Trainer:
             # A gradient that is not finite on one rank makes every rank leave the step out.
             follow = torch.isfinite(total)
             if index == last and math.isfinite(largest_loss):
-                follow = follow & (processes.sum(float(total))[0] / count <= largest_loss)
+                follow = follow & (processes.sum(float(total))[0] / count() <= largest_loss)
+            scale = (averaged / count()).to(loss.dtype)
             self._backward(loss * torch.where(follow, scale, math.nan), last=index == last)
         norm = self._guarded_update() if self.guarded else self._own_update()
         return float(total), norm
@@ -256,9 +277,10 @@ class Trainer:
         if not math.isfinite(norm):
             for parameter in parameters:
                 parameter.grad = None
+        # Parameters without a gradient stay as they are.
         if self.processes.parallel is not None:
-            self.engine.step()  # parameters without a gradient stay as they are
-        elif math.isfinite(norm):
+            self.engine.step()
+        else:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm

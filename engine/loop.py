@@ -100,7 +100,6 @@ class Fit:
         self.checkpoint_every = train.checkpoint_every or self.evaluate_every
         self.state = TrainState()
         self.window = _Window()
-        self.problem: str | None = None
 
     @property
     def weights(self) -> Path:
@@ -148,28 +147,27 @@ class Fit:
         if state.evaluation_due:
             self._after_step(asked=False)
         while (state := self.state).step < total and state.stop is None:
-            asked = self._step(state)
-            if not self._bad(state):
+            asked, problem = self._step(state)
+            if problem is None or not self._rolled_back(state, problem):
                 self._after_step(asked)
         if state.stop:
             self.tracker.say(state.stop)
 
-    def _step(self, state: TrainState) -> bool:
-        """One optimizer step; returns whether some rank was asked to stop."""
+    def _step(self, state: TrainState) -> tuple[bool, str | None]:
+        """One optimizer step; returns whether some rank was asked to stop, and why the update was left out if it was."""
         processes, step, learning_rate = self.processes, state.step, self.schedule.at(state.step)
         self.checkpoints.check()
         heartbeat.beat("data", step)
         batch = self.batches.at(step + state.data_offset, processes.rank, processes.processes, processes.micro)
-        count, tokens = (sum(part[key] for part in batch) for key in ("count", "tokens"))
-        count, tokens, asked = processes.sum(count, tokens, processes.asked)
-        if count == 0:
-            raise UserError(f"step {step} has no valid target: the loss would be undefined; look at the data or the masking")
+        agreed = processes.summing(*(sum(part[key] for part in batch) for key in ("count", "tokens")), processes.asked)
         largest = self._largest_loss(state)
-        loss, norm = self.trainer.step(batch, step, learning_rate, count, largest)
+        loss, norm = self.trainer.step(batch, step, learning_rate, lambda: agreed()[0], largest)
+        count, tokens, asked = agreed().tolist()
+        if count == 0:
+            raise UserError(f"step {step + 1} has no valid target: the loss is undefined; look at the data or the masking")
         state.step = step + 1
         self.window.add(loss, count, tokens, norm, learning_rate)
-        self.problem = self._problem(loss, count, largest)
-        return bool(asked)
+        return bool(asked), self._problem(loss, count, largest)
 
     def _largest_loss(self, state: TrainState) -> float:
         """Returns the loss above which the next step counts as a spike."""
@@ -192,12 +190,10 @@ class Fit:
         # An fp16 gradient that overflows is dropped and scaled down by DeepSpeed: nothing is wrong with the step.
         return None if finite or self.processes.precision == "fp16" else "the gradient norm is not finite"
 
-    def _bad(self, state: TrainState) -> bool:
+    def _rolled_back(self, state: TrainState, problem: str) -> bool:
         """Deals with a step whose update was left out; returns whether training went back to a checkpoint."""
         policy = self.processes.train.bad_steps
-        if self.problem is None:
-            return False
-        where = f"step {state.step}: {self.problem}"
+        where = f"step {state.step}: {problem}"
         if policy.action == "stop" or state.bad_steps >= policy.limit:
             self.checkpoints.wait()
             kept = self.checkpoints.steps()
@@ -209,7 +205,7 @@ class Fit:
         bad = state.bad_steps + 1
         if policy.action == "skip":
             state.bad_steps = bad
-            self.tracker.record(state, skipped=self.problem)
+            self.tracker.record(state, skipped=problem)
             self.tracker.say(f"{where}: its update was skipped ({bad} of at most {policy.limit})")
             self.window.clear()
             return False
@@ -220,7 +216,7 @@ class Fit:
         before.data_offset, before.bad_steps = state.data_offset + state.step - before.step, bad
         self.state = before
         self.tracker.rewind(before.step)
-        self.tracker.record(before, rolled_back=self.problem, from_step=state.step)
+        self.tracker.record(before, rolled_back=problem, from_step=state.step)
         self.tracker.say(f"{where}: back to step {before.step}, its data are left out ({bad} of at most {policy.limit})")
         self.window.clear()
         return True

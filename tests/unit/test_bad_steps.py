@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine import loop
+from engine.data.rows import LabelledBatches
 from engine.errors import UserError
 from engine.tasks.classification import Classification
 from tests.recipes import finetune_section, read_weights, run_here, train_section, write_recipe
@@ -118,6 +119,18 @@ def test_after_a_rollback_it_ends_as_if_the_bad_data_had_never_been_there(recipe
     assert (event["step"], event["from_step"]) == (4, BAD + 1)
     validations = [record["step"] for record in events(stage, "validation")]
     assert validations == sorted(set(validations))
+
+
+def test_a_step_without_a_valid_target_stops_the_run_and_says_where_to_look(recipe, tmp_path, monkeypatch):
+    at = LabelledBatches.at
+
+    def without_targets(self, step, *rest):
+        parts = at(self, step, *rest)
+        return [part | {"count": 0} for part in parts] if step == BAD else parts
+
+    monkeypatch.setattr(LabelledBatches, "at", without_targets)
+    with pytest.raises(UserError, match=f"step {BAD + 1} has no valid target: .* look at the data"):
+        train(recipe, tmp_path, "skip")
 
 
 @pytest.mark.parametrize("action", ["skip", "rollback"])
