@@ -8,7 +8,7 @@ ENV PATH=/opt/bothways/bin:$PATH VIRTUAL_ENV=/opt/bothways
 COPY constraints.txt .
 # The CPU build of torch: the default wheel is a CUDA build of several GB.
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir uv && uv pip install --no-cache --torch-backend=cpu "$(grep '^torch==' constraints.txt)"
+RUN pip install --no-cache-dir -c constraints.txt uv && uv pip install --no-cache --torch-backend=cpu "$(grep '^torch==' constraints.txt)"
 COPY . .
 RUN pip install --no-cache-dir -c constraints.txt '.[serve,modelopt]'
 

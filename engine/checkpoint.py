@@ -27,11 +27,10 @@ import torch
 from engine import heartbeat
 from engine.distributed import SHARDS, Processes, Trainer
 from engine.errors import UserError, disk_full
-from engine.stage import discard, hash_directory, publish, sha256
+from engine.stage import discard, hash_directory, publish, recover, sha256
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-UNIVERSAL = ".universal"
 
 
 @dataclass
@@ -124,8 +123,9 @@ class Checkpoints:
                 part.mkdir(parents=True)
             self.processes.barrier()
             files = trainer.snapshot(part)
-        about = {**asdict(state), "processes": self.processes.processes, "zero_stage": self.processes.zero_stage}
-        about["optimizer"] = self.processes.train.optimizer
+        now = self.processes
+        about = {**asdict(state), "processes": now.processes, "zero_stage": now.zero_stage, "layout": now.layout}
+        about["optimizer"] = now.train.optimizer
         self.later(lambda: self._write(target, part, files, json.dumps(about), then))
 
     def _write(self, target: Path, part: Path, files: dict[Path, Any], about: str, then: Callable[[], None]) -> None:
@@ -150,8 +150,6 @@ class Checkpoints:
             publish(part, target)
             for step in self.steps()[: -self.keep]:
                 discard(self.directory / f"step-{step:08d}")
-            for path in self.directory.glob(f"*{UNIVERSAL}"):
-                discard(path)
             then()
 
     def _hashes_of(self, done: Path) -> dict[str, Any]:
@@ -198,24 +196,30 @@ class Checkpoints:
         """
         heartbeat.beat("load")
         if self.processes.main:
-            for path in self.directory.glob("*.tmp"):
-                shutil.rmtree(path)
+            recover(self.directory)
         chosen = self.processes.gather(self._newest_intact() if self.processes.main else None)[0]
         if chosen is None:
             return None
         path = self.directory / f"step-{chosen:08d}"
         about: dict[str, Any] = json.loads((path / STATE).read_text())
-        before, stage, optimizer = (about.pop(key) for key in ("processes", "zero_stage", "optimizer"))
-        spread = stage > 0 and before != self.processes.processes
-        self._check_change(path, before, stage, optimizer)
-        if spread:
-            path = self._universal(path)
+        before, stage, layout, optimizer = (about.pop(key) for key in ("processes", "zero_stage", "layout", "optimizer"))
+        spread = stage > 0 and (before, layout) != (self.processes.processes, self.processes.layout)
+        self._check_change(path, before, stage, layout if spread else {}, optimizer)
+        universal = self._universal(path) if spread else None
         heartbeat.beat("load")
-        trainer.restore(path, universal=spread)
+        trainer.restore(universal or path, universal=spread)
+        if universal:
+            self.processes.barrier()
+            if self.processes.main:
+                shutil.rmtree(universal)
         return TrainState(**about)
 
-    def _check_change(self, path: Path, before: int, stage: int, optimizer: str) -> None:
-        """Raises UserError unless a checkpoint of `before` ranks at a ZeRO stage can go on here."""
+    def _check_change(self, path: Path, before: int, stage: int, layout: dict[str, Any], optimizer: str) -> None:
+        """Raises UserError unless a checkpoint of `before` ranks at a ZeRO stage can go on here.
+
+        Args:
+            layout: of the checkpoint when it has to be cut anew; else empty.
+        """
         now = self.processes
         fix = "or add --restart to start the stage over"
         if stage != now.zero_stage:
@@ -223,26 +227,31 @@ class Checkpoints:
                 f"{path} was made at ZeRO stage {stage} and this run is at stage {now.zero_stage} (0: none), "
                 f"which its optimizer state cannot change: set `parallel` back, {fix}"
             )
-        if stage > 0 and optimizer == "adamw_8bit" and before != now.processes:
-            raise UserError(
-                f"{path} was made by {before} processes at ZeRO stage {stage} with adamw_8bit, whose 8-bit state cannot be "
-                f"spread anew: run with processes={before}, {fix}"
-            )
+        if not layout:
+            return
+        kept = {
+            "with adamw_8bit, whose 8-bit state": optimizer == "adamw_8bit",
+            "with round_robin_gradients, whose order": any(way["round_robin_gradients"] for way in (layout, now.layout)),
+            "with state on NVMe, which": any("nvme" in way.values() for way in (layout, now.layout)),
+        }
+        for what, fixed in kept.items():
+            if fixed:
+                raise UserError(
+                    f"{path} was made by {before} processes at ZeRO stage {stage} {what} cannot be spread anew: "
+                    f"run with processes={before} and set `parallel` back, {fix}"
+                )
 
     def _universal(self, path: Path) -> Path:
-        """Returns the universal form of a checkpoint, made on the main rank unless it is there."""
-        target = path.with_name(path.name + UNIVERSAL)
+        """Returns the universal form of a checkpoint, made on the main rank for this one resume."""
+        target = path.with_name(path.name + ".universal.tmp")
         heartbeat.beat("convert")
-        if self.processes.main and not target.exists():
-            part = target.with_name(target.name + ".tmp")
-            part.mkdir()
+        if self.processes.main:
             command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-            command += ["--input_folder", str(path / SHARDS), "--output_folder", str(part / SHARDS)]
+            command += ["--input_folder", str(path / SHARDS), "--output_folder", str(target / SHARDS)]
             with self._explained(target):
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
-                    raise RuntimeError(f"{path} cannot be spread over another number of processes:\n{done.stdout}{done.stderr}")
-                publish(part, target)
+                    raise RuntimeError(f"{path} cannot be spread in another way:\n{done.stdout}{done.stderr}")
             print(f"  {path.name} converted for {self.processes.processes} processes", flush=True)
         self.processes.barrier()
         return target
@@ -256,5 +265,9 @@ class Checkpoints:
                 intact = False
             if intact:
                 return step
-            print(f"checkpoint {path.name} is damaged: passed over", flush=True)
+            # By this name it is no checkpoint: none that is intact has to go for it.
+            kept = path.with_suffix(".damaged")
+            shutil.rmtree(kept, ignore_errors=True)
+            path.rename(kept)
+            print(f"checkpoint {path.name} is damaged: passed over, and kept as {kept.name}", flush=True)
         return None

@@ -23,7 +23,7 @@ from engine.zero import find_zero_config
 class Strict(BaseModel):
     """Base of every configuration class: frozen, typed, no unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -101,6 +101,10 @@ def package_path(reference: str) -> Path:
     raise UserError(f"{reference}: the package '{package}' is installed but has no '{inner}'")
 
 
+JOBS = "jobs"
+"""Directory of a run's batch jobs, beside those of its stages."""
+
+
 class Recipe:
     """A recipe file as read: its name, its seed and the raw section of every stage, in order."""
 
@@ -111,7 +115,7 @@ class Recipe:
         allowed = ["name", "seed", "stages"]
         for key in data:
             if key not in allowed:
-                raise self.error(str(key), f"unknown key '{key}'{did_you_mean(str(key), allowed)}")
+                raise self.error(key, f"unknown key '{key}'{did_you_mean(key, allowed)}")
         self.name = data.get("name", path.stem)
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise self.error("name", "name must be letters, digits, '.', '_' or '-': it names a directory")
@@ -123,14 +127,16 @@ class Recipe:
             raise self.error("stages", "a recipe needs stages: a mapping of stage name to {kind: section}")
         self.stages: dict[str, tuple[str, dict[str, Any]]] = {}
         for name, body in stages.items():
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(name)):
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
                 raise self.error(f"stages.{name}", f"stage name '{name}' must be letters, digits, '_' or '-'")
+            if name == JOBS:
+                raise self.error(f"stages.{name}", f"no stage can be called '{JOBS}': the records of batch jobs lie there")
             if not isinstance(body, dict) or len(body) != 1:
                 raise self.error(f"stages.{name}", f"stage '{name}' must hold exactly one kind, as in '{name}: {{finetune: …}}'")
             kind, section = next(iter(body.items()))
             if not isinstance(section, dict):
                 raise self.error(f"stages.{name}.{kind}", f"'{kind}' must be a mapping of keys to values")
-            self.stages[str(name)] = (str(kind), section)
+            self.stages[name] = (kind, section)
 
     def error(self, key: str, message: str) -> UserError:
         """A UserError that names the recipe, the line of `key` (or of its nearest parent) and the message."""
@@ -239,19 +245,22 @@ def _key_lines(node: yaml.Node | None, where: str = "") -> Iterator[tuple[str, i
             yield from _key_lines(value, path)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, and `5e-5` is a number as in YAML 1.2."""
+class _Yaml(yaml.SafeLoader):
+    """YAML whose keys are words and come once, in which `5e-5` is a number as in YAML 1.2, and a date is text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 
-_UniqueKeys.add_implicit_resolver(
+_Yaml.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: node.value)
+_Yaml.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
@@ -272,12 +281,12 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, runs: str 
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     try:
-        lines = dict(_key_lines(yaml.compose(text, Loader=_UniqueKeys)))
-        data = yaml.load(text, Loader=_UniqueKeys)  # a SafeLoader
+        lines = dict(_key_lines(yaml.compose(text, Loader=_Yaml)))
+        data = yaml.load(text, Loader=_Yaml)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: a recipe is a mapping with name and stages")
@@ -301,12 +310,14 @@ def _apply(data: dict[str, Any], override: str) -> None:
         body = stages[parts[1]]
         if isinstance(body, dict) and len(body) == 1 and parts[2] not in body:
             parts.insert(2, next(iter(body)))
-    target: Any = data
+    target = data
     for part in parts[:-1]:
-        target = target.setdefault(part, {}) if isinstance(target, dict) else None
-        if not isinstance(target, dict):
+        inner = target.get(part, {})
+        if not isinstance(inner, dict):
             raise UserError(f"--set {override}: '{part}' holds a value, not a mapping")
+        target[part] = dict(inner)  # a YAML alias shares one mapping with what it stands for
+        target = target[part]
     try:
-        target[parts[-1]] = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError:
+        target[parts[-1]] = yaml.load(text, Loader=_Yaml)
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"--set {override}: the value is not valid YAML") from None

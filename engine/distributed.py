@@ -27,7 +27,7 @@ from engine.models import checkpoint_activations
 from engine.optim import build_optimizer
 from engine.randomness import torch_seed
 from engine.train_config import Trained
-from engine.zero import Host, prepare_nvme, read_zero_config, zero_config_of
+from engine.zero import Host, layout_of, prepare_nvme, read_zero_config, zero_config_of
 
 Batch = dict[str, Any]
 PATIENCE = timedelta(hours=6)
@@ -56,6 +56,8 @@ class Processes:
         name = zero_config_of(config, self.processes)
         self.parallel = recipe.find_zero(name) if name else None
         self.zero_stage = 0
+        self.layout: dict[str, Any] = {}
+        """Of the files that hold what ZeRO has split."""
         self.cuda = torch.cuda.is_available()
         self.host = Host(self.cuda, int(os.environ.get("LOCAL_WORLD_SIZE", self.processes)), scratch)
         self.swapped_to: list[Path] = []
@@ -84,6 +86,7 @@ class Processes:
         config = read_zero_config(self.parallel, self.train, self.micro, self.accumulation, self.host)
         self.swapped_to = prepare_nvme(config)
         self.zero_stage = config["zero_optimization"]["stage"]
+        self.layout = layout_of(config["zero_optimization"]) if self.zero_stage else {}
         if self.zero_stage == 0 and self.train.precision != "fp16":
             config["gradient_clipping"] = 0.0  # the trainer clips replicated gradients itself, and learns their norm
         with contextlib.redirect_stdout(io.StringIO()):  # every rank would print that an operator was built
@@ -227,7 +230,7 @@ class Trainer:
             step: number of the step; with the seed it determines dropout.
             learning_rate: of this step.
             count: returns the valid targets of the whole step, over all ranks and micro batches, of shape (): the one divisor of
-                the loss. Called after a forward pass, beside which the ranks sum it up. With 0 the update is left out.
+                the loss, and not 0. Called after a forward pass, beside which the ranks sum it up.
             largest_loss: largest mean loss over all ranks whose gradient the weights may follow. A finite one makes the ranks
                 wait for each other between forward and backward pass.
 
@@ -352,9 +355,12 @@ class Trainer:
             # DeepSpeed gives every group the settings (weight decay) of the first one, and all of them one counter of steps.
             for group, own in zip(self.optimizer.param_groups, settings, strict=True):
                 group.update(own)
-            for state in self.engine.optimizer.optimizer.state.values():
-                if torch.is_tensor(state.get("step")):
-                    state["step"] = state["step"].clone()
+            # torch counts in tensors, DeepSpeed's CPU Adam in numbers: the files have those of the optimizer that wrote them.
+            inner = self.engine.optimizer.optimizer
+            for state in inner.state.values():
+                if "step" in state:
+                    step = torch.as_tensor(state["step"], dtype=torch.float32).clone()
+                    state["step"] = step if isinstance(inner, torch.optim.AdamW) else int(step)
         if loaded is None:
             raise RuntimeError(f"{directory}: DeepSpeed found no checkpoint in it")
 

@@ -53,7 +53,7 @@ class Beat:
     phase: str
     """It entered this phase last."""
     step: int | None
-    """Optimizer step; None outside of training."""
+    """Optimizer step; None before training."""
     age_seconds: float
     """How long ago."""
     warm: bool = True
@@ -76,15 +76,16 @@ class _Writer:
         self.rank, self.pid = int(os.environ.get("RANK", "0")), os.getpid()
         self.file = os.open(Path(directory, f"beat{self.rank}"), os.O_WRONLY | os.O_CREAT, 0o644)
         self.first: int | None = None
+        self.step = _NO_STEP
         self.warm = False
 
     def write(self, phase: str, step: int | None) -> None:
         if step is not None and not self.warm:
             self.first = step if self.first is None else self.first
             self.warm = step > self.first
+        self.step = self.step if step is None else step
         now = time.time()
-        number = _NO_STEP if step is None else step
-        os.pwrite(self.file, _FORMAT.pack(now, self.rank, self.pid, number, _NAMES.index(phase), self.warm, now), 0)
+        os.pwrite(self.file, _FORMAT.pack(now, self.rank, self.pid, self.step, _NAMES.index(phase), self.warm, now), 0)
 
 
 _writer: _Writer | None = None
@@ -95,7 +96,7 @@ def beat(phase: str, step: int | None = None) -> None:
 
     Args:
         phase: one of PHASES.
-        step: optimizer step, where there is one.
+        step: optimizer step; None: the one of the beat before.
     """
     global _writer
     if _writer is None:

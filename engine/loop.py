@@ -140,7 +140,8 @@ class Fit:
         self._save()
         self.checkpoints.wait()
         self.processes.barrier()
-        self.checkpoints.resume(self.trainer)
+        if self.checkpoints.resume(self.trainer) is None:
+            raise UserError(f"{self.checkpoints.directory}: a checkpoint does not read back as it was written: check the disk")
 
     def _loop(self) -> None:
         state, total = self.state, self.schedule.total_steps

@@ -150,7 +150,7 @@ def _explain(error: BaseException, where: str) -> tuple[int, str]:
         return USER_ERROR, f"disk full while writing {getattr(error, 'filename', None) or where}: free some space and run again"
     if out_of_memory(error):
         place = heartbeat.last()
-        return USER_ERROR, f"{memory_message(place)} ({str(error).strip().splitlines()[0][:200]})"
+        return USER_ERROR, f"{memory_message(place)} ({(str(error).strip().splitlines() or [type(error).__name__])[0][:200]})"
     return 1, traceback.format_exc()
 
 

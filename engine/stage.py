@@ -74,6 +74,17 @@ def publish(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def recover(directory: Path) -> None:
+    """Clears away what a process that was killed has left in a directory of published ones."""
+    for path in directory.glob("*.tmp"):
+        shutil.rmtree(path)
+    for old in directory.glob("*.old"):
+        if old.with_suffix("").exists():
+            shutil.rmtree(old)
+        else:  # killed between the two renames of `publish`
+            old.rename(old.with_suffix(""))
+
+
 def discard(directory: Path) -> None:
     """Removes a directory that bears the name of something complete; killed in between it leaves nothing of that name."""
     doomed = directory.with_name(directory.name + ".discarded.tmp")

@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from engine.config import Fraction, Strict, ZeroRef
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class EarlyStopping(Strict):
     """Stop when the validation metric has not improved for a while."""
@@ -51,7 +53,7 @@ class TrainConfig(Strict):
     """Share of all optimizer steps spent raising the learning rate linearly; 6 % follows RoBERTa (arXiv:1907.11692)."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay; biases and normalization weights are exempt."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Adam's averaging factors."""
     clip: float = Field(1.0, gt=0)
     """Largest global gradient norm."""

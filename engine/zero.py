@@ -23,6 +23,12 @@ NVME_VARIABLE = "BOTHWAYS_NVME_PATH"
 recipe does not name it; unset, the working directory of the stage is taken."""
 
 
+OBJECTS = ("bf16", "bfloat16", "fp16", "torch_autocast", "data_types", "data_efficiency")
+"""Keys that are looked into."""
+SIZES = ("_size", "_threshold", "_parameters", "_distance", "_count")
+"""Endings of the keys that hold numbers."""
+
+
 @dataclass(frozen=True)
 class Host:
     """Where a stage runs, as far as a DeepSpeed JSON depends on it; None: not known yet, as in `bothways check`."""
@@ -101,7 +107,7 @@ def read_zero_config(path: Path, train: TrainConfig, micro: int, accumulation: i
             raise UserError(f"{path}: {problem}")
     if train.precision == "fp16":
         # Dynamic loss scaling: a step whose gradients overflow is left out and the scale is halved.
-        config["fp16"] = {"loss_scale": 0, "initial_scale_power": 16, **config.get("fp16", {}), "enabled": True}
+        config["fp16"] = {"loss_scale": 0, "initial_scale_power": 16, **(config.get("fp16") or {}), "enabled": True}
     return config
 
 
@@ -113,17 +119,26 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     zero = config.get("zero_optimization") if isinstance(config, dict) else None
-    if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
+    if not isinstance(zero, dict) or type(zero.get("stage")) is not int or zero["stage"] not in (0, 1, 2, 3):
         raise UserError(f"{path}: not a ZeRO configuration: zero_optimization.stage must be 0, 1, 2 or 3")
     sections = [("", config, TOP_LEVEL), ("zero_optimization.", zero, ZERO_OPTIMIZATION)]
     for key, known in (("offload_optimizer", OFFLOAD_OPTIMIZER), ("offload_param", OFFLOAD_PARAM)):
-        if not isinstance(zero.get(key) or {}, dict):
+        section = zero.get(key) or {}
+        if not isinstance(section, dict):
             raise UserError(f'{path}: zero_optimization.{key} must be an object, as in {{"device": "cpu"}}')
-        sections.append((f"zero_optimization.{key}.", zero.get(key) or {}, known))
+        if section.get("device", "none") not in ("none", "cpu", "nvme"):
+            raise UserError(
+                f"{path}: zero_optimization.{key}.device must be none, cpu or nvme, not {json.dumps(section['device'])}"
+            )
+        sections.append((f"zero_optimization.{key}.", section, known))
     for where, section, names in sections:
-        for key in section:
+        for key, value in section.items():
             if key not in names:
                 raise UserError(f"{path}: DeepSpeed has no key '{where}{key}'{did_you_mean(key, list(names))}")
+            if key in OBJECTS and not isinstance(value or {}, dict):
+                raise UserError(f'{path}: {key} must be an object, as in {{"enabled": true}}')
+            if key.endswith(SIZES) and value != "auto" and type(value) not in (int, float):
+                raise UserError(f"{path}: {where}{key} must be a number, not {json.dumps(value)}")
     return config
 
 
@@ -143,10 +158,12 @@ def _contradictions(config: dict[str, Any], train: TrainConfig) -> Iterator[str]
     for key in ("bf16", "bfloat16", "fp16", "torch_autocast"):
         if _enabled(config.get(key)) and not _agrees(key, config[key], train):
             yield f"'{key}' is enabled here, but the recipe decides it (train.precision): remove it"
-    if train.precision == "fp16" and config.get("fp16", {}).get("enabled") is False:
+    if train.precision == "fp16" and (config.get("fp16") or {}).get("enabled") is False:
         yield "fp16.enabled=false contradicts train.precision=fp16: remove it"
-    if config.get("data_types", {}).get("grad_accum_dtype", "fp32") != "fp32":
+    if (config.get("data_types") or {}).get("grad_accum_dtype", "fp32") != "fp32":
         yield "data_types.grad_accum_dtype: gradients are summed in fp32 (train.precision): remove it"
+    if config.get("communication_data_type", "fp32") != "fp32":
+        yield "communication_data_type: gradients are summed over ranks in fp32 (train.precision): remove it"
     if "activation_checkpointing" in config:
         # It configures a function that only models written for DeepSpeed call.
         yield "'activation_checkpointing' does nothing to these models: remove it and set train.gradient_checkpointing"
@@ -161,8 +178,8 @@ def _contradictions(config: dict[str, Any], train: TrainConfig) -> Iterator[str]
         yield f'{key} is "auto", which nothing fills in: write a value'
 
 
-def _enabled(section: Any) -> bool:
-    return isinstance(section, dict) and bool(section.get("enabled"))
+def _enabled(section: dict[str, Any] | None) -> bool:
+    return bool((section or {}).get("enabled"))
 
 
 def _agrees(key: str, section: dict[str, Any], train: TrainConfig) -> bool:
@@ -190,6 +207,8 @@ def _zero_problems(zero: dict[str, Any], train: TrainConfig) -> Iterator[str]:
         section = zero.get(key) or {}
         if section.get("device") == "nvme" and not section.get("nvme_path"):
             yield f'zero_optimization.{key} to nvme needs nvme_path: a directory on a local disk, or "auto"'
+    if zero.get("compute_grad_norm") is False:
+        yield "zero_optimization.compute_grad_norm=false: train.clip needs the norm: remove it"
     if zero.get("zenflow"):
         yield "zero_optimization.zenflow turns the losses into NaN with this DeepSpeed: remove it"
 
@@ -221,6 +240,17 @@ def offload_devices(zero: dict[str, Any]) -> tuple[str, str]:
     """Returns where the optimizer state and the parameters of a `zero_optimization` section go: none, cpu or nvme."""
     optimizer, parameters = ((zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param"))
     return optimizer, parameters
+
+
+def layout_of(zero: dict[str, Any]) -> dict[str, Any]:
+    """Returns what decides, beside stage and number of ranks, how DeepSpeed cuts the optimizer state into files."""
+    optimizer, parameters = offload_devices(zero)
+    return {
+        "offload_optimizer": optimizer,
+        "offload_param": parameters,
+        "round_robin_gradients": bool(zero.get("round_robin_gradients")),
+        "sub_group_size": zero.get("sub_group_size"),
+    }
 
 
 def prepare_nvme(config: dict[str, Any]) -> list[Path]:

@@ -18,6 +18,7 @@ import typer
 import engine
 from engine.errors import USER_ERROR, UserError, disk_full
 from launch import cli_cluster as cluster
+from launch.nodes.place import PORT
 
 app = typer.Typer(
     name="bothways",
@@ -40,7 +41,6 @@ MaxRestarts = Annotated[int, typer.Option(min=0, help="Start a stage's ranks aga
 HeartbeatLimit = Annotated[float, typer.Option(min=1, help="Seconds without a sign of life that make a stall.")]
 Engine = Annotated[str | None, typer.Option(help="onnxruntime, tensorrt or tensorrt_rtx.", show_default="onnxruntime")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine.", show_default="one per core")]
-BUNDLE_SAYS = "as the bundle says"
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
@@ -101,7 +101,7 @@ def launch(
     main_address: Annotated[
         str | None, typer.Option(metavar="HOST", help="Node 0, as the others reach it.", show_default=False)
     ] = None,
-    main_port: Annotated[int, typer.Option(help="Free TCP and UDP port of node 0; restarts take the next TCP ports.")] = 29500,
+    main_port: Annotated[int, typer.Option(help="Free TCP and UDP port of node 0; restarts take the next TCP ports.")] = PORT,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="Ranks on every node.", show_default="all GPUs")] = None,
     processes_per_node: Annotated[
         int | None, typer.Option(min=1, help="Ranks on every node without GPUs.", show_default="1")
@@ -112,8 +112,10 @@ def launch(
         Path | None, typer.Option(metavar="DIR", help="Keep the ranks' records and logs here.", show_default=False)
     ] = None,
     hosts: Annotated[str | None, typer.Option(metavar="A,B,…", help="Start all nodes from here.", show_default=False)] = None,
-    shell: Annotated[str, typer.Option(help="With --hosts: how to get to a host.")] = "ssh {host}",
-    preflight: Annotated[bool, typer.Option("--preflight", help="Only check that the nodes are fit, and exit.")] = False,
+    shell: Annotated[str, typer.Option(help="With --hosts: how to get to a host.")] = cluster.SHELL,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="Only check that the nodes are fit; with --slurm: before each training stage.")
+    ] = False,
     as_json: Json = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
     slurm: cluster.Slurm = False,
@@ -131,8 +133,8 @@ def launch(
     setup: cluster.Setup = [],  # noqa: B006
     container_image: cluster.ContainerImage = None,
     container_mounts: cluster.ContainerMounts = None,
-    max_requeues: cluster.MaxRequeues = 20,
-    signal_before: cluster.SignalBefore = 120,
+    max_requeues: cluster.MaxRequeues = cluster.MAX_REQUEUES,
+    signal_before: cluster.SignalBefore = cluster.SIGNAL_BEFORE,
     sweep: cluster.Sweep = [],  # noqa: B006
     test_only: cluster.TestOnly = False,
     wait: cluster.Wait = False,
@@ -352,6 +354,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # The reader is gone; Python would complain once more when it flushes at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        _fail(f"{error.filename}: {error.strerror}", USER_ERROR)
     except OSError as error:
         if not disk_full(error):
             raise

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from engine.errors import UserError
-from launch.nodes.place import HEARTBEAT_LIMIT
+from launch.nodes.place import HEARTBEAT_LIMIT, PORT
 
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run directories lie.")]
 RunOrRecipe = Annotated[
@@ -53,6 +53,10 @@ TestOnly = Annotated[bool, _slurm("Ask sbatch whether and when the jobs would st
 Wait = Annotated[bool, _slurm("Stay until the jobs have ended and tell how.", "--wait")]
 
 
+MAX_REQUEUES, SIGNAL_BEFORE = 20, 120
+SHELL = "ssh {host}"
+FROM_SLURM = {"node_rank": None, "main_address": None, "main_port": PORT, "records": None, "hosts": None, "shell": SHELL}
+"""Options whose values a job finds by itself, with their defaults."""
 RESOURCES = ("account", "partition", "qos", "constraint", "gres", "exclude", "time", "cpus_per_task", "mem")
 """Options that sbatch takes under the same names."""
 OTHERS = ("job_name", "sbatch", "setup", "container_image", "container_mounts", "sweep", "test_only", "wait")
@@ -94,7 +98,10 @@ def launch_nodes(given: dict[str, Any]) -> None:
     place = place_of(nodes, rank, address, *numbers)
     supervision = Supervision(given["max_restarts"], given["heartbeat_limit"], given["records"])
     if given["preflight"]:
+        from engine.config import load_recipe
         from launch.nodes.preflight import run_preflight
+
+        load_recipe(given["recipe"], given["overrides"], given["runs"])  # a mistake in it shows before anything is measured
 
         place.check(supervision)
         run_preflight(place, supervision.heartbeat_limit, supervision.records, given["as_json"], print)
@@ -106,14 +113,16 @@ def launch_nodes(given: dict[str, Any]) -> None:
 
 
 def _check(given: dict[str, Any], place: Any) -> list[Any]:
-    """Looks at the recipe before any host is asked to run it; returns its stages."""
+    """Looks at the recipe before any host is asked to run it; returns the stages that are meant."""
     from engine.config import load_recipe
     from launch.check import check_recipe
+    from launch.pipeline import choose_stages, require_finished
     from launch.recipe import load_stages
 
     recipe = load_recipe(given["recipe"], given["overrides"], given["runs"])
-    stages = load_stages(recipe)
+    stages = choose_stages(load_stages(recipe), given["stage"])
     check_recipe(recipe, stages, place)
+    require_finished(recipe, stages)
     return stages
 
 
@@ -138,13 +147,19 @@ def launch_slurm(given: dict[str, Any]) -> None:
         UserError: bad input, or sbatch refused a job.
         StageError: with --wait: a job failed.
     """
-    for name in ("node_rank", "main_address", "records", "hosts"):
-        if given[name] is not None:
+    for name, usual in FROM_SLURM.items():
+        if given[name] != usual:
             raise UserError(f"{_flag(name)}: the job takes it from Slurm: leave it out with --slurm")
+    if given["as_json"]:
+        raise UserError("--json: what the nodes' --preflight finds goes to the job's log: leave it out with --slurm")
+    from launch.nodes.place import check_ports, place_of
     from launch.slurm.jobs import wait_for
     from launch.slurm.script import BatchOptions
     from launch.slurm.submit import dry_run, prepare_submission, submit, try_submission
 
+    # What every node would refuse when the job has come to run.
+    check_ports(given["main_port"], given["max_restarts"])
+    place_of(1, None, None, given["main_port"], given["gpus_per_node"], given["processes_per_node"])
     options = BatchOptions(
         resources={name.replace("_", "-"): given[name] for name in RESOURCES},
         node_options=("--max-restarts", str(given["max_restarts"]), "--heartbeat-limit", f"{given['heartbeat_limit']:g}"),
@@ -173,6 +188,9 @@ def require_no_slurm_options(given: dict[str, Any]) -> None:
     """Raises UserError when an option for batch jobs was given without --slurm."""
     for name in (*RESOURCES, *OTHERS):
         if given[name]:
+            raise UserError(f"{_flag(name)} is for batch jobs: add --slurm")
+    for name, usual in (("max_requeues", MAX_REQUEUES), ("signal_before", SIGNAL_BEFORE)):
+        if given[name] != usual:
             raise UserError(f"{_flag(name)} is for batch jobs: add --slurm")
 
 

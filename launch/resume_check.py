@@ -19,12 +19,15 @@ import psutil
 
 from engine.config import load_recipe
 from engine.errors import PREEMPTED, UserError, did_you_mean
+from engine.rank import die_with_parent
 from engine.stage import Stage, read_stage
 from launch.check import check_recipe
 from launch.recipe import KINDS, load_stages
 
 CHECKPOINTS = 5
 """Of a run; it is interrupted after one of the first three."""
+PATIENCE = 10.0
+"""Seconds to wait for the end of what was killed."""
 CLOCKS = ("seconds", "tokens_per_second")
 """What differs between two runs of the same work."""
 
@@ -45,7 +48,7 @@ class Child:
         command += [part for override in overrides for part in ("--set", override)]
         self.log = log
         with log.open("ab") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, preexec_fn=die_with_parent)
 
     def ranks(self) -> list[psutil.Process]:
         """Returns the processes that train, oldest first; none while they are being started."""
@@ -66,6 +69,13 @@ class Child:
     def wait(self) -> int:
         """Returns the exit status."""
         return self.process.wait()
+
+    def end(self) -> None:
+        """Kills what still runs, and waits until it writes no more; the ranks die with their launcher."""
+        ranks = self.ranks()
+        self.process.kill()
+        self.process.wait()
+        psutil.wait_procs(ranks, timeout=PATIENCE)
 
 
 class Trial(NamedTuple):
@@ -143,15 +153,22 @@ def resume_check(
     with tempfile.TemporaryDirectory(prefix="resume-check-", dir=made(runs)) as scratch:
         place = _Place(path, stage, Path(scratch), settings)
         say(f"stage {stage.name} ({stage.kind}), {steps} steps, a checkpoint every {every}")
-        child = place.start("whole")
-        if child.wait():
-            raise UserError(f"stage '{stage.name}' does not run: {_last_line(child.log)}")
-        say("undisturbed: done")
-        trials = []
-        for how, number in (("killed (SIGKILL of one rank)", signal.SIGKILL), ("asked to stop (SIGUSR1)", signal.SIGUSR1)):
-            trials.append(place.interrupt(how, number, rng, every * rng.randint(1, 3)))
-            verdict = trials[-1].difference or "bit-equal weights, losses and metrics"
-            say(f"{how} after step {trials[-1].stopped_after}, resumed: {verdict}")
+        try:
+            return _trials(place, rng, every, say)
+        finally:
+            place.end()
+
+
+def _trials(place: _Place, rng: random.Random, every: int, say: Callable[[str], None]) -> list[Trial]:
+    child = place.start("whole")
+    if child.wait():
+        raise UserError(f"stage '{place.stage.name}' does not run: {_last_line(child.log)}")
+    say("undisturbed: done")
+    trials = []
+    for how, number in (("killed (SIGKILL of one rank)", signal.SIGKILL), ("asked to stop (SIGUSR1)", signal.SIGUSR1)):
+        trials.append(place.interrupt(how, number, rng, every * rng.randint(1, 3)))
+        verdict = trials[-1].difference or "bit-equal weights, losses and metrics"
+        say(f"{how} after step {trials[-1].stopped_after}, resumed: {verdict}")
     return trials
 
 
@@ -171,6 +188,7 @@ class _Place:
 
     def __init__(self, path: Path, stage: Stage[Any], scratch: Path, settings: list[str]) -> None:
         self.path, self.stage, self.scratch, self.settings = path, stage, scratch, settings
+        self._child: Child | None = None
 
     def start(self, name: str) -> Child:
         """Starts or continues the trial `name`."""
@@ -179,7 +197,13 @@ class _Place:
             link = made(directory) / source
             if not link.exists():
                 link.symlink_to(self.stage.recipe.directory(source).resolve())
-        return Child(self.path, self.scratch / name, self.stage.name, self.settings, self.scratch / f"{name}.log")
+        self._child = Child(self.path, self.scratch / name, self.stage.name, self.settings, self.scratch / f"{name}.log")
+        return self._child
+
+    def end(self) -> None:
+        """Ends the run that was started last."""
+        if self._child:
+            self._child.end()
 
     def directory(self, name: str) -> Path:
         """Of the finished stage of a trial."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -58,7 +59,12 @@ def remote_command(shell: str, host: str, command: list[str]) -> list[str]:
     """
     if "{host}" not in shell:
         raise UserError(f"--shell '{shell}': write {{host}} where the host's name belongs, as in 'ssh {{host}}'")
-    words = [word.replace("{host}", host) for word in shlex.split(shell)]
+    try:
+        words = [word.replace("{host}", host) for word in shlex.split(shell)]
+    except ValueError as error:
+        raise UserError(f"--shell '{shell}': {str(error).lower()}") from None
+    if not shutil.which(words[0]):
+        raise UserError(f"--shell '{shell}': there is no program '{words[0]}' here")
     text = shown(command)
     # ssh hands one text to the shell over there; other programs start a command.
     return [*words, text] if Path(words[0]).name == "ssh" else [*words, "sh", "-c", text]

@@ -36,6 +36,8 @@ JOIN_SECONDS = 600.0
 """How long nodes wait for each other before an attempt; operators may have to be compiled on one of them."""
 LINGER = 4.0
 """How long node 0 goes on telling the others how it ended."""
+LAST_WORDS = 3
+"""Datagrams in which a node says the last thing that it has to say: one may get lost."""
 PATIENCE = 5.0
 """Seconds of waiting for a node before that is said."""
 
@@ -114,6 +116,8 @@ class Link:
     def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._thread.join()
+        for _ in range(LAST_WORDS):
+            self._send()
         self._socket.close()
         if self.place.rank == 0:
             self._file.unlink(missing_ok=True)

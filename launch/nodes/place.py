@@ -140,8 +140,8 @@ def resolve(address: str) -> str:
     """
     try:
         return str(socket.getaddrinfo(address, None, type=socket.SOCK_DGRAM)[0][4][0])
-    except OSError as error:
-        raise UserError(f"--main-address {address}: no host of this name is known here ({error.strerror})") from None
+    except (OSError, UnicodeError) as error:  # a name that cannot be one
+        raise UserError(f"--main-address {address}: no host of this name is known here ({error})") from None
 
 
 def require_free(port: int) -> None:

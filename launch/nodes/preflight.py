@@ -127,7 +127,8 @@ def _memory_errors() -> str | None:
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(query, capture_output=True, text=True, timeout=60)
         if done.returncode:
-            return f"nvidia-smi fails: {(done.stdout + done.stderr).strip().splitlines()[-1:] or done.returncode}"
+            lines = (done.stdout + done.stderr).strip().splitlines()
+            return f"nvidia-smi fails: {lines[-1] if lines else f'status {done.returncode}'}"
         rows = [line.split(",") for line in done.stdout.splitlines() if "," in line]
         bad = [index.strip() for index, count in rows if count.strip().isdigit() and int(count)]
         return f"uncorrectable memory errors on GPU {', '.join(bad)}" if bad else None

@@ -45,9 +45,9 @@ def parse_bytes(text: str) -> int:
     Raises:
         UserError: no number with a unit.
     """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?i?b?)\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([kmgt]?i?b?)\s*", text, re.IGNORECASE)
     unit = match and match[2].upper()
-    if match is None or unit not in UNITS:
+    if match is None or unit not in UNITS or not float(match[1]):
         raise UserError(f"--gpu-memory {text}: write a number with a unit, as in 80GB or 24GiB")
     return int(float(match[1]) * UNITS[unit])
 
@@ -301,6 +301,8 @@ def print_plan(
     for name in only:
         if name not in recipe.stages:
             raise UserError(f"--stage {name}: {path} has no such stage{did_you_mean(name, list(recipe.stages))}")
+        if not KINDS[recipe.stages[name][0]].trains:
+            raise UserError(f"--stage {name}: it does not train, so there is nothing to plan")
     plans = plan_recipe(recipe, stages, only, world_size, gpu_memory)
     if machines:
         print(json.dumps([as_json(plan, machine) for plan, machine in plans], indent=1))

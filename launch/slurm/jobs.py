@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.config import JOBS
 from engine.errors import PREEMPTED, UserError
 from engine.rank import read_records
 from launch.watchdog import StageError
@@ -222,7 +224,7 @@ def last_line(text: str) -> str:
 
 def jobs_of(run: Path, stage: str | None = None) -> list[Job]:
     """Returns the jobs of a run in the order of their submission; of one stage, or of all."""
-    jobs = [Job(path.parent) for path in (run / "jobs").glob(f"*/{JOB_FILE}")]
+    jobs = [Job(path.parent) for path in (run / JOBS).glob(f"*/{JOB_FILE}")]
     jobs.sort(key=lambda job: (job.facts["submitted"], [int(part) for part in job.id.split("_")]))
     return [job for job in jobs if stage in (None, job.stage)]
 
@@ -275,13 +277,18 @@ def cancel(run: Path, stage: str | None, say: Callable[[str], None]) -> None:
         UserError: nothing of it is waiting or running.
     """
     alive = [job for job in jobs_of(run, stage) if not job.state().over]
+    if alive and not shutil.which("scancel"):
+        raise UserError("scancel is not on the PATH: cancel from a login node of the cluster")
     for job in reversed(alive):  # the last of a chain first: none of them may start meanwhile
         marker = job.directory / CANCELLED
-        gently = job.state().name == "running" and not marker.exists()
-        marker.touch()
+        asked = marker.exists()
+        gently = job.state().name == "running" and not asked
+        marker.touch()  # before the signal: the job looks for it when it has saved its checkpoint
         command = ["scancel", "--batch", "--signal=USR1", job.id] if gently else ["scancel", job.id]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
+            if not asked:
+                marker.unlink()
             raise UserError(f"{' '.join(command)}: {last_line(done.stderr)}")
         how = "asked to save a checkpoint and stop; a second time ends it at once" if gently else "cancelled"
         say(f"{job.stage} (job {job.id}): {how}")

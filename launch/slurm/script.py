@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.config import JOBS
 from engine.errors import NODE_FAILED, PREEMPTED, USER_ERROR, UserError
 from engine.stage import Stage
 from launch.recipe import KINDS
@@ -53,11 +54,17 @@ class BatchOptions:
         for option in self.sbatch:
             if not re.match(r"--?\w", option) or "\n" in option:
                 raise UserError(f"--sbatch {option!r}: give one option of sbatch, as in --sbatch=--mail-type=END")
+            if re.match(r"--array\b|-a", option):
+                raise UserError(f"--sbatch {option}: an array comes from --sweep, with a task for each of its runs")
+            if re.match(r"--exclude\b|-x", option):
+                raise UserError(f"--sbatch {option}: say --exclude, to which bad nodes are added")
+        if self.container_mounts and not self.container_image:
+            raise UserError(f"--container-mounts {self.container_mounts}: add --container-image")
         for name, value in [*self.resources.items(), ("job-name", self.job_name)]:
             if value is not None and re.search(r"[\n\r]|^\s*$", str(value)):
                 raise UserError(f"--{name} {value!r}: empty, or a line break in it")
         limit = minutes(str(self.resources.get("time") or ""))
-        if limit is not None and limit * 60 <= self.signal_before:
+        if limit and limit * 60 <= self.signal_before:
             raise UserError(
                 f"--time {self.resources['time']}: not longer than --signal-before {self.signal_before} s: "
                 "the job would be asked to stop as soon as it starts"
@@ -95,7 +102,7 @@ class Batch:
     @property
     def jobs(self) -> Path:
         """Where scripts and the logs of the jobs lie: `runs/<recipe>/jobs`."""
-        return self.runs.absolute() / self.name / "jobs"
+        return self.runs.absolute() / self.name / JOBS
 
     @property
     def array(self) -> bool:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import Recipe, load_recipe
+from engine.config import JOBS, Recipe, load_recipe
 from engine.errors import UserError
 from engine.stage import Stage
 from launch.check import check_recipe
@@ -168,7 +168,7 @@ def _record(submission: Submission, stage: Stage[Any], text: str, number: str, c
     }
     jobs = []
     for index, task in enumerate(batch.tasks):
-        directory = task.run / "jobs" / (f"{number}_{index}" if batch.array else number)
+        directory = task.run / JOBS / (f"{number}_{index}" if batch.array else number)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / f"{stage.name}.sbatch").write_text(text)
         part = directory / "job.tmp"

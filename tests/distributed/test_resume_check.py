@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -61,3 +64,31 @@ def test_a_stage_that_does_not_train_cannot_be_checked(recipe, tmp_path):
     assert done.returncode == 2
     assert "no stage that trains is named 'base2': did you mean 'base'?" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_check_that_is_ended_leaves_no_run_behind(recipe, tmp_path, number):
+    command = [
+        sys.executable,
+        "-m",
+        "launch.cli",
+        "resume-check",
+        str(recipe),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--steps",
+        "2000",
+    ]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    started = []
+    give_up = time.monotonic() + 60
+    while not any("--stage" in child.cmdline() and "launch.cli" not in child.cmdline() for child in started):
+        assert time.monotonic() < give_up and process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.1)
+        started = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == (130 if number == signal.SIGINT else -number)
+    assert psutil.wait_procs(started, timeout=10)[1] == []
+    if number == signal.SIGINT:
+        assert list((tmp_path / "runs").iterdir()) == []

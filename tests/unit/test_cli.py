@@ -116,11 +116,19 @@ def test_bad_arguments_are_one_line(tmp_path, monkeypatch, call, arguments, mess
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_where_a_directory_is_needed_is_one_line(tmp_path, call):
+    path = write_recipe(tmp_path)
+    assert_one_line(*call("run", path, "--runs", path)[::2], str(path), "Not a directory")
+
+
 def test_a_stage_that_does_not_exist_or_waits_for_another_is_named(tmp_path, call):
     recipe = write_recipe(
         tmp_path, {"base": {"pretrain": pretrain_section()}, "top": {"finetune": finetune_section(model="base")}}
     )
-    status, _, err = call("run", recipe, "--stage", "tpo", "--runs", tmp_path / "runs")
+    for command in ("run",), ("launch", "--dry-run"), ("launch", "--hosts", "a,b", "--shell", "env {host}"):
+        status, _, err = call(command[0], recipe, *command[1:], "--stage", "tpo", "--runs", tmp_path / "runs")
+        assert_one_line(status, err, "no such stage: did you mean 'top'?")
+    status, _, err = call("plan", recipe, "--stage", "tpo", "--runs", tmp_path / "runs")
     assert_one_line(status, err, "no such stage: did you mean 'top'?")
     status, _, err = call("run", recipe, "--stage", "top", "--runs", tmp_path / "runs")
     assert_one_line(status, err, "it needs stage 'base', which has not finished: add --stage base")

@@ -113,6 +113,41 @@ def test_an_override_may_leave_out_what_is_obvious(tmp_path, key):
     assert recipe(tmp_path, TEXT, f"{key}=2.5").section("teacher", FinetuneConfig).train.epochs == 2.5
 
 
+@pytest.mark.parametrize("shared", ["train: *same", "train: {<<: *same}", "<<: {train: *same}"])
+def test_an_override_changes_one_stage_and_not_those_that_share_its_yaml(tmp_path, shared):
+    text = f"""\
+stages:
+  first: {{finetune: {{train: &same {{epochs: 1, bad_steps: {{limit: 3}}}}}}}}
+  second:
+    finetune:
+      {shared}
+"""
+    loaded = recipe(tmp_path, text, "second.train.epochs=7", "second.train.bad_steps.limit=5")
+    first, second = (section["train"] for _, section in loaded.stages.values())
+    assert first == {"epochs": 1, "bad_steps": {"limit": 3}}
+    assert second == {"epochs": 7, "bad_steps": {"limit": 5}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stages: {x: {? [a, b] : 1}}", ":1: not valid YAML: a key must be a word"),
+        ("stages: &a {x: *a}", "not valid YAML"),
+        ("seed: !!int x", "not valid YAML"),
+        ("stages:\n  jobs: {finetune: {}}", ":2: no stage can be called 'jobs'"),
+    ],
+)
+def test_yaml_that_is_no_recipe_is_one_line(tmp_path, text, message):
+    with pytest.raises(UserError) as error:
+        recipe(tmp_path, text)
+    assert message in str(error.value)
+
+
+def test_keys_and_dates_are_text(tmp_path):
+    loaded = recipe(tmp_path, "stages: {12: {finetune: {text: 2024-13-45}}}", "12.label=2024-01-01")
+    assert loaded.stages == {"12": ("finetune", {"text": "2024-13-45", "label": "2024-01-01"})}
+
+
 def test_overrides_are_yaml_and_the_last_one_wins(tmp_path):
     loaded = recipe(
         tmp_path, TEXT, "seed=1", "seed=7", "teacher.train.early_stopping={patience: 4}", "teacher.train.dropout=null"

@@ -23,6 +23,8 @@ def test_the_latest_phase_of_a_rank_is_read_back(watched):
     assert (beat.rank, beat.pid, beat.phase, beat.step) == (3, os.getpid(), "update", 412)
     assert 0 <= beat.age_seconds < 5
     assert heartbeat.last().step == 412
+    heartbeat.beat("evaluate")
+    assert (heartbeat.last().phase, heartbeat.last().step) == ("evaluate", 412)
 
 
 def test_a_process_is_warm_after_its_first_step(watched):

@@ -47,6 +47,14 @@ def test_hosts_are_read_in_their_order():
     assert read_hosts("b, a", 2, None) == ["b", "a"]
 
 
+@pytest.mark.parametrize(
+    ("shell", "message"), [("ssh 'x {host}", "no closing quotation"), ("nosuch {host}", "no program 'nosuch'")]
+)
+def test_a_shell_that_cannot_run_is_refused(shell, message):
+    with pytest.raises(UserError, match=message):
+        remote_command(shell, "a", ["true"])
+
+
 def test_a_shell_without_a_place_for_the_host_is_refused():
     with pytest.raises(UserError, match=r"^--shell 'ssh': write \{host\}"):
         remote_command("ssh", "a", ["true"])

@@ -219,6 +219,23 @@ def test_the_log_of_a_rank_is_that_of_the_latest_attempt(call, run, monkeypatch)
     assert (status, err) == (2, "error: --rank 0: job 17 has logs of the ranks 1\n")
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_cancel_that_fails_leaves_the_job_as_it_was(call, run, slurm, tmp_path, monkeypatch, asked):
+    job = make_job(run, "17", "base", "started n1")
+    slurm["17"] = {"JobState": "RUNNING"}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status, _, err = call("cancel", run)
+    assert (status, err) == (2, "error: scancel is not on the PATH: cancel from a login node of the cluster\n")
+    (tmp_path / "scancel").write_text("#!/bin/sh\necho 'scancel: error: no controller' >&2\nexit 1\n")
+    (tmp_path / "scancel").chmod(0o755)
+    marker = job.directory / jobs.CANCELLED
+    if asked:
+        marker.touch()
+    status, _, err = call("cancel", run)
+    assert (status, err) == (2, f"error: scancel {'' if asked else '--batch --signal=USR1 '}17: no controller\n")
+    assert marker.exists() is asked
+
+
 def test_a_cancelled_job_ends_with_the_status_of_a_run_that_can_go_on(run, slurm):
     job = make_job(run, "17", "base", "started n1", "stopping", "cancelled")
     assert job.state() == JobState("cancelled", "", status=PREEMPTED)

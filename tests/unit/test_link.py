@@ -58,6 +58,14 @@ def test_silence_grows_when_a_node_has_gone(place, tmp_path):
         when(lambda: first.others()[1].life.silent > 2 * module.BEAT)
 
 
+def test_the_last_thing_that_a_node_says_is_heard(place, tmp_path):
+    with line(place(0), tmp_path) as first:
+        with line(place(1), tmp_path) as second:
+            when(lambda: 1 in first.others())
+            second.say(error="boom")
+        when(lambda: first.others()[1].error == "boom")
+
+
 def test_what_comes_without_the_token_is_not_listened_to(place, tmp_path):
     with line(place(0), tmp_path) as first, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
         (tmp_path / "elsewhere").mkdir()

@@ -126,6 +126,46 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_its_weights
     assert_same_end(stage, whole)
 
 
+def test_a_damaged_checkpoint_takes_no_place_among_those_that_are_kept(recipe, whole, tmp_path, monkeypatch):
+    """The newest one being damaged, an older step must be able to save, and its checkpoint must stay."""
+    one = "teacher.train.keep_checkpoints=1"
+    stop_at(monkeypatch, 7)
+    with pytest.raises(Killed):
+        train(recipe, tmp_path, one)
+    monkeypatch.undo()
+    checkpoints = tmp_path / "tiny/teacher.partial/checkpoints"
+    (newest,) = checkpoint.step_numbers(checkpoints)
+    (checkpoints / f"step-{newest:08d}/state.json").write_text("{")
+    stop_at(monkeypatch, 3)
+    with pytest.raises(Killed):
+        train(recipe, tmp_path, one)
+    monkeypatch.undo()
+    assert checkpoint.step_numbers(checkpoints) == [2]
+    assert (checkpoints / f"step-{newest:08d}.damaged").is_dir()
+    ours, theirs = weights(train(recipe, tmp_path, one)), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_killed_between_the_two_renames_of_a_checkpoint_it_goes_on_from_the_old_one(recipe, whole, tmp_path, monkeypatch, capsys):
+    stop_at(monkeypatch, 5)
+    with pytest.raises(Killed):
+        train(recipe, tmp_path)
+    monkeypatch.undo()
+    checkpoints = tmp_path / "tiny/teacher.partial/checkpoints"
+    for step in checkpoint.step_numbers(checkpoints):
+        path = checkpoints / f"step-{step:08d}"
+        path.rename(path.with_name(path.name + ".old"))
+    stage = train(recipe, tmp_path)
+    assert "resuming after step 4" in capsys.readouterr().out
+    assert_same_end(stage, whole)
+
+
+def test_a_first_checkpoint_that_does_not_read_back_stops_the_run(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.Checkpoints, "_newest_intact", lambda self: None)
+    with pytest.raises(UserError, match="does not read back as it was written: check the disk"):
+        train(recipe, tmp_path)
+
+
 def test_a_torn_last_line_of_the_history_is_dropped(recipe, whole, tmp_path, monkeypatch):
     stop_at(monkeypatch, 3)
     with pytest.raises(Killed):

@@ -34,6 +34,7 @@ STAND_INS = {
           [ -z "${BAD:-}" ] || { echo "$BAD" >"$RECORDS/bad-nodes"; exit 76; }
           exit "${PREFLIGHT_STATUS:-0}"
         fi
+        [ -z "${KILLED_BY:-}" ] || kill -$KILLED_BY $$
         status=STATUS_$SLURM_NODEID
         exit "${!status:-0}" """,
     "scontrol": """
@@ -258,8 +259,24 @@ def test_set_up_lines_come_before_the_launcher_and_a_failing_one_ends_the_job(re
     job = Job(tmp_path, commands, text)
     assert job.done.returncode == 1
     assert not job.calls_file.exists()
+    assert words(tmp_path / "runs/tiny/jobs/17")[-1] == ["failed", "1 a set-up line failed: false"]
     with pytest.raises(UserError, match="--setup: with these lines the script is not valid bash"):
         batch(recipe, tmp_path / "runs", setup=("if true",)).script(stage_of(recipe, "teacher"))
+
+
+def test_a_request_to_stop_during_the_set_up_queues_the_job_again(recipe, tmp_path, commands):
+    text = batch(recipe, tmp_path / "runs", setup=("kill -USR1 $$; sleep 0.1",)).script(stage_of(recipe, "teacher"))
+    job = Job(tmp_path, commands, text)
+    assert (job.done.returncode, job.calls) == (PREEMPTED, ["scancel --signal=USR1 17", "scontrol requeue 17"])
+    assert not job.arguments_file.exists()
+    assert [word for word, *_ in words(tmp_path / "runs/tiny/jobs/17")] == ["started", "stopping", "requeued:"]
+
+
+@pytest.mark.parametrize("number", ["USR1", "TERM"])
+def test_a_request_to_stop_that_comes_before_the_launcher_listens_queues_the_job_again(recipe, tmp_path, commands, number):
+    text = batch(recipe, tmp_path / "runs").script(stage_of(recipe, "teacher"))
+    job = Job(tmp_path, commands, text, KILLED_BY=number)
+    assert (job.done.returncode, job.calls) == (PREEMPTED, ["scontrol requeue 17"])
 
 
 @pytest.mark.parametrize(
@@ -321,6 +338,14 @@ def test_a_sweep_that_makes_no_sense_is_refused(sweep, message):
         (("--set", "teacher.train.steps=0"), "stages.teacher.finetune.train.steps"),
         (("--nodes", "3", "--processes-per-node", "1"), "train.batch_size=8 is not a multiple of micro batch 2 × processes 3"),
         (("--node-rank", "0"), "--node-rank: the job takes it from Slurm"),
+        (("--main-port", "4000"), "--main-port: the job takes it from Slurm"),
+        (("--json",), "--json: what the nodes' --preflight finds goes to the job's log"),
+        (("--gpus-per-node", "2", "--processes-per-node", "4"), "are the same number: give one of them"),
+        (("--max-restarts", "60000"), "it has to lie between 1024 and"),
+        (("--container-mounts", "/a:/b"), "--container-mounts /a:/b: add --container-image"),
+        (("--sbatch=--array=0-3",), "--sbatch --array=0-3: an array comes from --sweep"),
+        (("--sbatch=-xn1",), "--sbatch -xn1: say --exclude"),
+        (("--time", "0"), "sbatch is not on the PATH"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_submitted(call, tmp_path, monkeypatch, arguments, message):
@@ -337,6 +362,8 @@ def test_bad_input_is_one_line_before_anything_is_submitted(call, tmp_path, monk
 def test_an_option_of_slurm_without_slurm_is_refused(call, tmp_path):
     status, _, err = call("launch", write_recipe(tmp_path), "--partition", "gpu")
     assert (status, err) == (2, "error: --partition is for batch jobs: add --slurm\n")
+    status, _, err = call("launch", write_recipe(tmp_path / "other"), "--max-requeues", "3")
+    assert (status, err) == (2, "error: --max-requeues is for batch jobs: add --slurm\n")
 
 
 def test_the_dry_run_needs_no_slurm_and_shows_the_whole_chain(call, tmp_path):
