@@ -70,8 +70,8 @@ def run(tmp_path):
     def run(rank, nodes, limit, *extra):
         place = Place(nodes, rank, "127.0.0.1", port)
         code = (
-            "import sys; from pathlib import Path; from launch import cli; cli.main(['launch', 'recipes/demo.yaml', '--preflight', "
-            f"'--json', '--nodes', '{place.nodes}', '--node-rank', '{place.rank}', '--main-address', '127.0.0.1', "
+            "import sys; from pathlib import Path; from launch import cli; cli.main(['launch', 'recipes/demo.yaml', "
+            f"'--preflight', '--json', '--nodes', '{place.nodes}', '--node-rank', '{place.rank}', '--main-address', '127.0.0.1', "
             f"'--main-port', '{port}', '--heartbeat-limit', '{limit}', '--records', {str(tmp_path)!r}, *sys.argv[1:]])"
         )
         return subprocess.Popen(
