@@ -247,7 +247,7 @@ class Trainer:
         last = len(micro_batches) - 1
         for index, batch in enumerate(micro_batches):
             heartbeat.beat("forward", step)
-            torch.manual_seed(torch_seed(self.seed, "dropout", step, index * processes.processes + processes.rank))
+            self._seed(torch_seed(self.seed, "dropout", step, index * processes.processes + processes.rank))
             batch = {name: value.to(processes.device) for name, value in batch.items() if torch.is_tensor(value)}
             loss, _ = self.engine(batch)
             total += loss.detach()
@@ -260,6 +260,12 @@ class Trainer:
             self._backward(loss * torch.where(follow, scale, math.nan), last=index == last)
         norm = self._guarded_update() if self.guarded else self._own_update()
         return float(total), norm
+
+    def _seed(self, number: int) -> None:
+        # torch.manual_seed notes the whole call stack for a GPU that may come later: 0.6 ms, every step.
+        torch.default_generator.manual_seed(number)
+        if self.processes.cuda:
+            torch.cuda.manual_seed(number)
 
     def _backward(self, loss: torch.Tensor, last: bool) -> None:
         if self.processes.parallel is None:

@@ -14,6 +14,6 @@ def generator(*key: int | str) -> np.random.Generator:
 
 
 def torch_seed(*key: int | str) -> int:
-    """Returns a 63-bit seed for torch.manual_seed, for the same kinds of key."""
+    """Returns a 63-bit seed for a generator of torch, for the same kinds of key."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
