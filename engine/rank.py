@@ -25,6 +25,8 @@ from engine.errors import PREEMPTED, USER_ERROR, UserError, disk_full
 
 ERROR_DIRECTORY = heartbeat.DIRECTORY
 """Environment variable: where the ranks of a stage leave their records."""
+PARENT = "BOTHWAYS_PARENT"
+"""Environment variable: process id of the launcher that starts a process; absent where any parent will do."""
 LOGS = "BOTHWAYS_RANK_LOGS"
 """Environment variable: set when each rank writes what it prints to `rank<N>.log` beside its record."""
 RECORD_BYTES = 2**16
@@ -61,6 +63,9 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        parent = os.environ.get(PARENT)
+        if parent and os.getppid() != int(parent):  # it was gone before it could be named
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _write(record: Record) -> None:

@@ -7,16 +7,18 @@ ranks' own records (engine.rank) instead of printing a traceback of its own.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
 
-from engine.rank import die_with_parent
+from engine.rank import PARENT, die_with_parent
 
 
 def main() -> None:
     """Entry point; takes the arguments of `accelerate launch`."""
     die_with_parent()
+    os.environ[PARENT] = str(os.getpid())
     # The ranks answer SIGUSR1 with a checkpoint; their launcher has to live until they have.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     from accelerate.commands.launch import launch_command, launch_command_parser

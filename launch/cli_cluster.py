@@ -102,7 +102,6 @@ def launch_nodes(given: dict[str, Any]) -> None:
         from launch.nodes.preflight import run_preflight
 
         load_recipe(given["recipe"], given["overrides"], given["runs"])  # a mistake in it shows before anything is measured
-
         place.check(supervision)
         run_preflight(place, supervision.heartbeat_limit, supervision.records, given["as_json"], print)
         return

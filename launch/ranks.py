@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import heartbeat
-from engine.rank import Record, read_records
+from engine.rank import PARENT, Record, read_records
 from launch.watchdog import NodeLife, RankLife
 
 POLL = 0.3
@@ -71,7 +71,7 @@ class Ranks:
         self._log = records / "rank0.log" if show_log and 0 in numbers else None
         self._shown = self._log.stat().st_size if self._log and self._log.exists() else 0
         # A session of its own: a terminal's Ctrl-C reaches only this process, which passes it on.
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True)
+        self.process = subprocess.Popen(command, env={**environment, PARENT: str(os.getpid())}, start_new_session=True)
 
     def wait(self) -> None:
         """Waits for the end of the launcher, but not longer than until the next look is due."""

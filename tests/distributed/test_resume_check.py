@@ -68,27 +68,27 @@ def test_a_stage_that_does_not_train_cannot_be_checked(recipe, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_check_that_is_ended_leaves_no_run_behind(recipe, tmp_path, number):
-    command = [
-        sys.executable,
-        "-m",
-        "launch.cli",
-        "resume-check",
-        str(recipe),
-        "--runs",
-        str(tmp_path / "runs"),
-        "--steps",
-        "2000",
-    ]
+    command = [sys.executable, "-m", "launch.cli", "resume-check", str(recipe), "--runs", str(tmp_path / "runs")]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-    started = []
-    give_up = time.monotonic() + 60
-    while not any("--stage" in child.cmdline() and "launch.cli" not in child.cmdline() for child in started):
-        assert time.monotonic() < give_up and process.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.1)
-        started = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(number)
-    assert process.wait(timeout=60) == (130 if number == signal.SIGINT else -number)
-    assert psutil.wait_procs(started, timeout=10)[1] == []
-    if number == signal.SIGINT:
-        assert list((tmp_path / "runs").iterdir()) == []
+        # A shell's background jobs ignore SIGINT, and so would what they start.
+        process = subprocess.Popen(
+            [*command, "--steps", "2000"],
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+    try:
+        started = []
+        give_up = time.monotonic() + 60
+        while not any("--stage" in child.cmdline() and "launch.cli" not in child.cmdline() for child in started):
+            assert time.monotonic() < give_up and process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+            started = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == (130 if number == signal.SIGINT else -number)
+        assert psutil.wait_procs(started, timeout=10)[1] == []
+        if number == signal.SIGINT:
+            assert list((tmp_path / "runs").iterdir()) == []
+    finally:
+        process.kill()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from engine.rank import ERROR_DIRECTORY, LOGS, memory_message, read_records
+from engine.rank import ERROR_DIRECTORY, LOGS, PARENT, memory_message, read_records
 from tests.distributed.conftest import ROOT
 
 PROGRAM = """\
@@ -50,6 +50,14 @@ def test_a_request_to_stop_that_comes_after_the_work_changes_nothing(tmp_path, w
     late = f"import os, signal, weakref; weakref.finalize(os, signal.raise_signal, signal.{number}); {what}"
     done, record = rank(tmp_path, late)
     assert (done.returncode, record.status, done.stderr) == (status, status, "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process when its parent is gone")
+@pytest.mark.parametrize(("parent", "status"), [("1", -9), (str(os.getpid()), 0)])
+def test_a_process_whose_launcher_was_gone_before_it_began_ends_at_once(tmp_path, parent, status):
+    environment = {**os.environ, ERROR_DIRECTORY: str(tmp_path), PARENT: parent}
+    done = subprocess.run([sys.executable, "-c", PROGRAM.format(what="pass")], cwd=ROOT, env=environment, timeout=120)
+    assert done.returncode == status
 
 
 def test_what_a_rank_prints_goes_to_its_log_where_logs_are_kept(tmp_path):
