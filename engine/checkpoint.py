@@ -31,6 +31,7 @@ from engine.stage import discard, hash_directory, publish, recover, sha256
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+START_OVER = "or add --restart to start the stage over"
 
 
 @dataclass
@@ -203,8 +204,10 @@ class Checkpoints:
         path = self.directory / f"step-{chosen:08d}"
         about: dict[str, Any] = json.loads((path / STATE).read_text())
         before, stage, layout, optimizer = (about.pop(key) for key in ("processes", "zero_stage", "layout", "optimizer"))
+        self._check_stage(path, stage)
         spread = stage > 0 and (before, layout) != (self.processes.processes, self.processes.layout)
-        self._check_change(path, before, stage, layout if spread else {}, optimizer)
+        if spread:
+            self._check_spread(path, before, layout, optimizer)
         universal = self._universal(path) if spread else None
         heartbeat.beat("load")
         trainer.restore(universal or path, universal=spread)
@@ -214,32 +217,30 @@ class Checkpoints:
                 shutil.rmtree(universal)
         return TrainState(**about)
 
-    def _check_change(self, path: Path, before: int, stage: int, layout: dict[str, Any], optimizer: str) -> None:
-        """Raises UserError unless a checkpoint of `before` ranks at a ZeRO stage can go on here.
-
-        Args:
-            layout: of the checkpoint when it has to be cut anew; else empty.
-        """
-        now = self.processes
-        fix = "or add --restart to start the stage over"
-        if stage != now.zero_stage:
+    def _check_stage(self, path: Path, stage: int) -> None:
+        """Raises UserError unless a checkpoint of a ZeRO stage can go on at the stage of this run."""
+        now = self.processes.zero_stage
+        if stage != now:
             raise UserError(
-                f"{path} was made at ZeRO stage {stage} and this run is at stage {now.zero_stage} (0: none), "
-                f"which its optimizer state cannot change: set `parallel` back, {fix}"
+                f"{path} was made at ZeRO stage {stage} and this run is at stage {now} (0: none), "
+                f"which its optimizer state cannot change: set `parallel` back, {START_OVER}"
             )
-        if not layout:
-            return
-        kept = {
-            "with adamw_8bit, whose 8-bit state": optimizer == "adamw_8bit",
-            "with round_robin_gradients, whose order": any(way["round_robin_gradients"] for way in (layout, now.layout)),
-            "with state on NVMe, which": any("nvme" in way.values() for way in (layout, now.layout)),
-        }
-        for what, fixed in kept.items():
-            if fixed:
-                raise UserError(
-                    f"{path} was made by {before} processes at ZeRO stage {stage} {what} cannot be spread anew: "
-                    f"run with processes={before} and set `parallel` back, {fix}"
-                )
+
+    def _check_spread(self, path: Path, before: int, layout: dict[str, Any], optimizer: str) -> None:
+        """Raises UserError unless a checkpoint of `before` ranks can be cut anew for this run."""
+        ways = (layout, self.processes.layout)
+        what = None
+        if optimizer == "adamw_8bit":
+            what = "adamw_8bit, whose 8-bit state"
+        elif any(way["round_robin_gradients"] for way in ways):
+            what = "round_robin_gradients, whose order"
+        elif any("nvme" in way.values() for way in ways):
+            what = "state on NVMe, which"
+        if what:
+            raise UserError(
+                f"{path} was made by {before} processes at ZeRO stage {self.processes.zero_stage} with {what} cannot be "
+                f"spread anew: run with processes={before} and set `parallel` back, {START_OVER}"
+            )
 
     def _universal(self, path: Path) -> Path:
         """Returns the universal form of a checkpoint, made on the main rank for this one resume."""

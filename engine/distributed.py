@@ -262,7 +262,7 @@ class Trainer:
         return float(total), norm
 
     def _seed(self, number: int) -> None:
-        # torch.manual_seed notes the whole call stack for a GPU that may come later: 0.6 ms, every step.
+        # torch.manual_seed would note the whole call stack in every step, for a GPU that may be initialised later.
         torch.default_generator.manual_seed(number)
         if self.processes.cuda:
             torch.cuda.manual_seed(number)

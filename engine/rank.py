@@ -63,7 +63,7 @@ def die_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        parent = os.environ.get(PARENT)
+        parent = os.environ.pop(PARENT, None)  # not for the children of this process
         if parent and os.getppid() != int(parent):  # it was gone before it could be named
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -18,7 +18,8 @@ import typer
 import engine
 from engine.errors import USER_ERROR, UserError, disk_full
 from launch import cli_cluster as cluster
-from launch.nodes.place import PORT
+from launch.nodes.place import HEARTBEAT_LIMIT, PORT
+from launch.slurm import MAX_REQUEUES, SIGNAL_BEFORE
 
 app = typer.Typer(
     name="bothways",
@@ -54,7 +55,7 @@ def run(
     runs: Runs = Path("runs"),
     restart: Restart = False,
     max_restarts: MaxRestarts = 0,
-    heartbeat_limit: HeartbeatLimit = 300.0,
+    heartbeat_limit: HeartbeatLimit = HEARTBEAT_LIMIT,
 ) -> None:
     """Run the stages of a recipe that are not finished.
 
@@ -107,7 +108,7 @@ def launch(
         int | None, typer.Option(min=1, help="Ranks on every node without GPUs.", show_default="1")
     ] = None,
     max_restarts: MaxRestarts = 0,
-    heartbeat_limit: HeartbeatLimit = 300.0,
+    heartbeat_limit: HeartbeatLimit = HEARTBEAT_LIMIT,
     records: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the ranks' records and logs here.", show_default=False)
     ] = None,
@@ -133,8 +134,8 @@ def launch(
     setup: cluster.Setup = [],  # noqa: B006
     container_image: cluster.ContainerImage = None,
     container_mounts: cluster.ContainerMounts = None,
-    max_requeues: cluster.MaxRequeues = cluster.MAX_REQUEUES,
-    signal_before: cluster.SignalBefore = cluster.SIGNAL_BEFORE,
+    max_requeues: cluster.MaxRequeues = MAX_REQUEUES,
+    signal_before: cluster.SignalBefore = SIGNAL_BEFORE,
     sweep: cluster.Sweep = [],  # noqa: B006
     test_only: cluster.TestOnly = False,
     wait: cluster.Wait = False,
@@ -354,12 +355,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         # The reader is gone; Python would complain once more when it flushes at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        _fail(f"{error.filename}: {error.strerror}", USER_ERROR)
     except OSError as error:
-        if not disk_full(error):
-            raise
-        _fail(f"disk full while writing {error.filename or 'a file'}: free some space and run again", USER_ERROR)
+        if disk_full(error):
+            _fail(f"disk full while writing {error.filename or 'a file'}: free some space and run again", USER_ERROR)
+        if error.filename and isinstance(error, (FileExistsError, NotADirectoryError, PermissionError)):
+            _fail(f"{error.filename}: {error.strerror}", USER_ERROR)
+        raise
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import typer
 
 from engine.errors import UserError
 from launch.nodes.place import HEARTBEAT_LIMIT, PORT
+from launch.slurm import MAX_REQUEUES, SIGNAL_BEFORE
 
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run directories lie.")]
 RunOrRecipe = Annotated[
@@ -53,7 +54,6 @@ TestOnly = Annotated[bool, _slurm("Ask sbatch whether and when the jobs would st
 Wait = Annotated[bool, _slurm("Stay until the jobs have ended and tell how.", "--wait")]
 
 
-MAX_REQUEUES, SIGNAL_BEFORE = 20, 120
 SHELL = "ssh {host}"
 FROM_SLURM = {"node_rank": None, "main_address": None, "main_port": PORT, "records": None, "hosts": None, "shell": SHELL}
 """Options whose values a job finds by itself, with their defaults."""

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from engine.config import Recipe
 from engine.data.batches import accumulation_steps
-from engine.errors import UserError, did_you_mean
+from engine.errors import UserError
 from engine.stage import Stage
 from engine.zero import read_zero_config, zero_config_of
 from launch.local import process_count
@@ -196,11 +196,11 @@ def machine_for(ranks: int, gpu_memory: str | None) -> Machine:
 
 
 def plan_recipe(
-    recipe: Recipe, stages: list[Stage[Any]], only: list[str], world_size: int | None, gpu_memory: str | None
+    recipe: Recipe, stages: list[Stage[Any]], world_size: int | None, gpu_memory: str | None
 ) -> Iterator[tuple[StagePlan, Machine]]:
-    """Yields the plan of every training stage, or of those that `only` names."""
+    """Yields the plan of every stage that trains."""
     for stage in stages:
-        if KINDS[stage.kind].trains and (not only or stage.name in only):
+        if KINDS[stage.kind].trains:
             machine = machine_for(world_size or process_count(stage), gpu_memory)
             try:
                 yield plan_stage(stage, machine), machine
@@ -294,16 +294,15 @@ def print_plan(
         UserError: a bad recipe, or a stage that cannot be planned.
     """
     from engine.config import load_recipe
+    from launch.pipeline import choose_stages
     from launch.recipe import load_stages
 
     recipe = load_recipe(path, overrides, runs)
-    stages = load_stages(recipe)
-    for name in only:
-        if name not in recipe.stages:
-            raise UserError(f"--stage {name}: {path} has no such stage{did_you_mean(name, list(recipe.stages))}")
-        if not KINDS[recipe.stages[name][0]].trains:
-            raise UserError(f"--stage {name}: it does not train, so there is nothing to plan")
-    plans = plan_recipe(recipe, stages, only, world_size, gpu_memory)
+    stages = choose_stages(load_stages(recipe), only)
+    for stage in stages if only else []:
+        if not KINDS[stage.kind].trains:
+            raise UserError(f"--stage {stage.name}: it does not train, so there is nothing to plan")
+    plans = plan_recipe(recipe, stages, world_size, gpu_memory)
     if machines:
         print(json.dumps([as_json(plan, machine) for plan, machine in plans], indent=1))
         return

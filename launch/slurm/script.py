@@ -20,6 +20,7 @@ from engine.config import JOBS
 from engine.errors import NODE_FAILED, PREEMPTED, USER_ERROR, UserError
 from engine.stage import Stage
 from launch.recipe import KINDS
+from launch.slurm import MAX_REQUEUES, SIGNAL_BEFORE
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class BatchOptions:
     """Shell lines that prepare the environment: `module load cuda`."""
     container_image: str | None = None
     container_mounts: str | None = None
-    max_requeues: int = 20
+    max_requeues: int = MAX_REQUEUES
     """Against a job that is stopped again and again before its first checkpoint."""
-    signal_before: int = 120
+    signal_before: int = SIGNAL_BEFORE
     """Seconds before the time limit, or before preemption, at which the job is asked for its checkpoint."""
     preflight: bool = False
     """Check the nodes of training stages first; go on without those that are not fit."""

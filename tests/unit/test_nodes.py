@@ -99,6 +99,11 @@ def test_an_unknown_host_is_named(monkeypatch):
         Place(2, 1, "nohost").check(Supervision())
 
 
+def test_a_name_that_no_host_can_have_is_named():
+    with pytest.raises(UserError, match=r"^--main-address node\.\.cluster: no host of this name is known here"):
+        Place(2, 1, "node..cluster").check(Supervision())
+
+
 def test_more_gpus_than_the_node_has_are_refused(monkeypatch):
     monkeypatch.setattr(nodes, "gpus", lambda: 2)
     with pytest.raises(UserError, match=r"^--gpus-per-node 4: this node has 2 GPUs"):

@@ -240,6 +240,12 @@ def test_a_batch_that_does_not_divide_is_refused_with_its_line(tmp_path, capsys)
         print_plan(path, [], tmp_path / "runs", ["techer"], 2, None, False)
 
 
+def test_a_stage_that_does_not_train_is_not_planned(tmp_path):
+    path = write_recipe(tmp_path, CHAIN)
+    with pytest.raises(UserError, match=r"^--stage slim: it does not train, so there is nothing to plan$"):
+        print_plan(path, [], tmp_path / "runs", ["slim"], 1, None, False)
+
+
 def test_a_level_that_the_recipe_cannot_take_is_left_out(tmp_path):
     found = plan_stage(stage_of(tmp_path, "teacher.train.optimizer=adamw_8bit"), GPU)
     assert [level.name for level in found.levels] == ["zero0", "zero1", "zero2", "zero3"]

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,12 +113,8 @@ def test_killed_before_the_finished_stage_is_renamed_into_place_it_ends_bit_equa
     assert_same_end(train(recipe, tmp_path), whole)
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_its_weights(recipe, whole, tmp_path, monkeypatch, capsys):
-    stop_at(monkeypatch, 5)
-    with pytest.raises(Killed):
-        train(recipe, tmp_path)
-    monkeypatch.undo()
-    checkpoints = tmp_path / "tiny/teacher.partial/checkpoints"
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_its_weights(recipe, whole, tmp_path, capsys):
+    checkpoints = kill_at(5, recipe, tmp_path)
     newest = checkpoints / f"step-{checkpoint.step_numbers(checkpoints)[-1]:08d}"
     state = newest / "replicated.pt"
     state.write_bytes(state.read_bytes()[:-1] + b"\1")
@@ -126,32 +123,21 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before_with_its_weights
     assert_same_end(stage, whole)
 
 
-def test_a_damaged_checkpoint_takes_no_place_among_those_that_are_kept(recipe, whole, tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_takes_no_place_among_those_that_are_kept(recipe, whole, tmp_path):
     """The newest one being damaged, an older step must be able to save, and its checkpoint must stay."""
     one = "teacher.train.keep_checkpoints=1"
-    stop_at(monkeypatch, 7)
-    with pytest.raises(Killed):
-        train(recipe, tmp_path, one)
-    monkeypatch.undo()
-    checkpoints = tmp_path / "tiny/teacher.partial/checkpoints"
+    checkpoints = kill_at(7, recipe, tmp_path, one)
     (newest,) = checkpoint.step_numbers(checkpoints)
     (checkpoints / f"step-{newest:08d}/state.json").write_text("{")
-    stop_at(monkeypatch, 3)
-    with pytest.raises(Killed):
-        train(recipe, tmp_path, one)
-    monkeypatch.undo()
+    kill_at(3, recipe, tmp_path, one)
     assert checkpoint.step_numbers(checkpoints) == [2]
     assert (checkpoints / f"step-{newest:08d}.damaged").is_dir()
     ours, theirs = weights(train(recipe, tmp_path, one)), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_killed_between_the_two_renames_of_a_checkpoint_it_goes_on_from_the_old_one(recipe, whole, tmp_path, monkeypatch, capsys):
-    stop_at(monkeypatch, 5)
-    with pytest.raises(Killed):
-        train(recipe, tmp_path)
-    monkeypatch.undo()
-    checkpoints = tmp_path / "tiny/teacher.partial/checkpoints"
+def test_killed_between_the_two_renames_of_a_checkpoint_it_goes_on_from_the_old_one(recipe, whole, tmp_path, capsys):
+    checkpoints = kill_at(5, recipe, tmp_path)
     for step in checkpoint.step_numbers(checkpoints):
         path = checkpoints / f"step-{step:08d}"
         path.rename(path.with_name(path.name + ".old"))
@@ -166,11 +152,8 @@ def test_a_first_checkpoint_that_does_not_read_back_stops_the_run(recipe, tmp_pa
         train(recipe, tmp_path)
 
 
-def test_a_torn_last_line_of_the_history_is_dropped(recipe, whole, tmp_path, monkeypatch):
-    stop_at(monkeypatch, 3)
-    with pytest.raises(Killed):
-        train(recipe, tmp_path)
-    monkeypatch.undo()
+def test_a_torn_last_line_of_the_history_is_dropped(recipe, whole, tmp_path):
+    kill_at(3, recipe, tmp_path)
     with (tmp_path / "tiny/teacher.partial/history.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
     assert_same_end(train(recipe, tmp_path), whole)
@@ -187,6 +170,15 @@ def stop_at(monkeypatch, step, action=None):
         return original(self, batch, number, *rest)
 
     monkeypatch.setattr(loop.Trainer, "step", stepped)
+
+
+def kill_at(step, recipe, runs, *overrides):
+    """Trains up to a step and is killed there; returns the directory of the checkpoints."""
+    with pytest.MonkeyPatch.context() as patched:
+        stop_at(patched, step)
+        with pytest.raises(Killed):
+            train(recipe, runs, *overrides)
+    return runs / "tiny/teacher.partial/checkpoints"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -283,15 +275,12 @@ def test_handlers_are_given_back(recipe, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_early_stopping_counts_on_after_a_resume(recipe, tmp_path, monkeypatch):
+def test_early_stopping_counts_on_after_a_resume(recipe, tmp_path):
     overrides = ["teacher.train.steps=30", "teacher.train.early_stopping={patience: 3}"]
     whole = train(recipe, tmp_path / "whole", *overrides)
     record = read_stage(whole.directory)
     assert record["stopped"].startswith(f"early stopping at step {record['best_step'] + 3}")
-    stop_at(monkeypatch, record["best_step"] + 2)
-    with pytest.raises(Killed):
-        train(recipe, tmp_path / "parts", *overrides)
-    monkeypatch.undo()
+    kill_at(record["best_step"] + 2, recipe, tmp_path / "parts", *overrides)
     assert_same_end(train(recipe, tmp_path / "parts", *overrides), whole)
 
 
@@ -319,34 +308,53 @@ def test_weights_that_are_not_finite_are_neither_kept_nor_checkpointed(recipe, t
         assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values()), path
 
 
-def stopped_and_edited(recipe, runs, monkeypatch, **about):
+def stopped_and_edited(recipe, runs, **about):
     """Stops a run and changes what its checkpoints say about how they were made."""
-    with monkeypatch.context() as patched:
-        stop_at(patched, 3)
-        with pytest.raises(Killed):
-            train(recipe, runs)
-    for path in (runs / "tiny/teacher.partial/checkpoints").glob("step-*"):
+    for path in kill_at(3, recipe, runs).glob("step-*"):
         state = json.loads((path / "state.json").read_text())
         (path / "state.json").write_text(json.dumps({**state, **about}))
         (path / "manifest.json").write_text(json.dumps(checkpoint.hash_directory(path, skip=("manifest.json",))))
 
 
-def test_a_state_that_every_rank_holds_goes_on_at_any_number_of_ranks(recipe, whole, tmp_path, monkeypatch):
-    stopped_and_edited(recipe, tmp_path, monkeypatch, processes=2)
+def test_a_state_that_every_rank_holds_goes_on_at_any_number_of_ranks(recipe, whole, tmp_path):
+    stopped_and_edited(recipe, tmp_path, processes=2)
     assert_same_end(train(recipe, tmp_path), whole)
 
 
-def test_an_optimizer_state_that_cannot_be_spread_anew_says_so(recipe, tmp_path, monkeypatch):
-    stopped_and_edited(recipe, tmp_path, monkeypatch, processes=2, zero_stage=2)
+def test_an_optimizer_state_that_cannot_be_spread_anew_says_so(recipe, tmp_path):
+    stopped_and_edited(recipe, tmp_path, processes=2, zero_stage=2)
     with pytest.raises(UserError, match=r"made at ZeRO stage 2 and this run is at stage 0 .* set `parallel` back"):
         train(recipe, tmp_path)
 
 
-def test_how_the_work_is_spread_may_change_before_an_interrupted_run_goes_on(recipe, tmp_path, monkeypatch):
-    stop_at(monkeypatch, 3)
-    with pytest.raises(Killed):
-        train(recipe, tmp_path)
-    monkeypatch.undo()
+CPU = {"offload_optimizer": "cpu", "offload_param": "none", "round_robin_gradients": False, "sub_group_size": None}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "before", "now", "message"),
+    [
+        ("adamw", {}, {"offload_optimizer": "none"}, None),
+        ("adamw_8bit", {}, {}, "with adamw_8bit, whose 8-bit state cannot be spread anew: run with processes=4"),
+        ("adamw", {"round_robin_gradients": True}, {}, "with round_robin_gradients, whose order cannot be spread anew"),
+        ("adamw", {}, {"round_robin_gradients": True}, "with round_robin_gradients, whose order cannot be spread anew"),
+        ("adamw", {"offload_param": "nvme"}, {}, "with state on NVMe, which cannot be spread anew"),
+        ("adamw", {}, {"offload_optimizer": "nvme"}, "with state on NVMe, which cannot be spread anew"),
+    ],
+)
+def test_what_deepspeed_cannot_cut_anew_is_refused(tmp_path, optimizer, before, now, message):
+    checkpoints = checkpoint.Checkpoints(tmp_path, SimpleNamespace(layout=CPU | now, zero_stage=3), keep=1)
+    try:
+        if message is None:
+            checkpoints._check_spread(tmp_path, 4, CPU | before, optimizer)
+            return
+        with pytest.raises(UserError, match=message):
+            checkpoints._check_spread(tmp_path, 4, CPU | before, optimizer)
+    finally:
+        checkpoints.close()
+
+
+def test_how_the_work_is_spread_may_change_before_an_interrupted_run_goes_on(recipe, tmp_path):
+    kill_at(3, recipe, tmp_path)
     stage = train(recipe, tmp_path, "teacher.train.micro_batch_size=4")
     assert read_stage(stage.directory)["processes"].startswith("1 process, no ZeRO, accumulation = 2")
 
