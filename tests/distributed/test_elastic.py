@@ -45,6 +45,7 @@ def train_in_parts(recipe, runs, *ways):
         run.process.send_signal(signal.SIGTERM)
         status, out, err = run.wait()
         assert status == PREEMPTED, f"{out}\n{err}"
+        assert not list(runs.rglob("*.universal*"))
         said += out
 
 
@@ -90,10 +91,10 @@ def test_a_run_that_changes_its_number_of_ranks_gives_the_losses_and_weights_of_
 def test_a_run_that_changes_how_its_state_is_cut_gives_the_same_losses_and_weights(recipe, single, tmp_path, before, after):
     prepare([CPU_ADAM], print)
     pieces = changed(tmp_path, "zero3", sub_group_size=3000)
-    said = train_in_parts(recipe, tmp_path / "runs", (before, 2), (pieces if after == "pieces" else after, 2))
+    changes = (pieces if after == "pieces" else after, 2)
+    said = train_in_parts(recipe, tmp_path / "runs", (before, 2), changes, changes)
     assert said.count("converted for") == 1
     assert_same_result(tmp_path / "runs/tiny/base", single)
-    assert not list((tmp_path / "runs").rglob("*.universal*"))
 
 
 def changed(directory, level, **keys):

@@ -11,6 +11,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from launch import resume_check as module
 from launch.resume_check import differences
 from tests.distributed.conftest import ROOT
 from tests.recipes import run_here
@@ -92,3 +93,17 @@ def test_a_check_that_is_ended_leaves_no_run_behind(recipe, tmp_path, number):
             assert list((tmp_path / "runs").iterdir()) == []
     finally:
         process.kill()
+
+
+def test_an_interrupted_check_ends_its_run_before_it_removes_the_scratch_directory(recipe, tmp_path, monkeypatch):
+    children = []
+
+    def interrupted(place, *rest):
+        children.append(place.start("whole"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_trials", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module.resume_check(recipe, [], tmp_path / "runs", "base", 20, 0, print)
+    assert children[0].process.returncode == -signal.SIGKILL
+    assert list((tmp_path / "runs").iterdir()) == []
