@@ -1,12 +1,13 @@
 """Strict typed configuration: an unknown key is an error with a suggestion, a reference knows how to be found.
 
 A recipe is a YAML file. Every stage's section is validated by a `Strict` class that lives beside the code that
-reads it; this module knows none of them.
+reads it; this module knows none of them. What a stage does not say it takes from the stage before: see engine/inheritance.py.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError, core_schema
 
 from engine.errors import UserError, did_you_mean
+from engine.inheritance import INHERITED, Inheritance, inherit
 from engine.zero import find_zero_config
 
 
@@ -103,6 +105,8 @@ def package_path(reference: str) -> Path:
 
 JOBS = "jobs"
 """Directory of a run's batch jobs, beside those of its stages."""
+STAGE_FILE = "stage.json"
+"""The record of a finished stage, in its directory."""
 
 
 class Recipe:
@@ -137,6 +141,7 @@ class Recipe:
             if not isinstance(section, dict):
                 raise self.error(f"stages.{name}.{kind}", f"'{kind}' must be a mapping of keys to values")
             self.stages[name] = (kind, section)
+        self.inherited: dict[str, Inheritance] = inherit(self.stages, self._recorded_section)
 
     def error(self, key: str, message: str) -> UserError:
         """A UserError that names the recipe, the line of `key` (or of its nearest parent) and the message."""
@@ -151,15 +156,15 @@ class Recipe:
         return self.runs / self.name / stage
 
     def section(self, stage: str, config: type[Section]) -> Section:
-        """Validates the section of `stage`.
+        """Validates the section of `stage`, with what it inherits.
 
         Raises:
             UserError: one line: file, line, key, what is wrong and the fix.
         """
-        kind, raw = self.stages[stage]
+        kind, _ = self.stages[stage]
         where = f"stages.{stage}.{kind}"
         try:
-            return config.model_validate(raw)
+            return config.model_validate(self.full_section(stage, list(config.model_fields)))
         except ValidationError as error:
             # Unions report every branch they tried: the deepest location is the branch the user meant.
             worst = max(error.errors(), key=lambda item: (item["type"] == "unknown_key", len(item["loc"])))
@@ -169,7 +174,37 @@ class Recipe:
             given = worst.get("input")
             shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool)) else ""
             line_of = f"{key}.{worst['ctx']['key']}" if worst["type"] == "unknown_key" else key
+            shown += self._why_missing(stage, parts) if worst["type"].startswith(("missing", "union_tag")) else ""
             raise self.error(line_of, f"{key}: {message[:1].lower()}{message[1:]}{shown}") from None
+
+    def full_section(self, stage: str, known: list[str] | None = None) -> dict[str, Any]:
+        """Returns the raw section of `stage` with what it inherits behind it.
+
+        Args:
+            known: the keys that its kind has; what it passes on without having it stays out. None: all.
+        """
+        inherited = self.inherited[stage].values
+        return {**self.stages[stage][1], **{key: value for key, value in inherited.items() if known is None or key in known}}
+
+    def _why_missing(self, stage: str, parts: list[str]) -> str:
+        """Returns why nothing could be inherited where something is missing."""
+        inheritance = self.inherited[stage]
+        if not parts or parts[0] not in INHERITED:
+            return ""
+        if len(parts) == 1 and parts[0] not in self.stages[stage][1]:
+            return f" and nothing can be inherited: {inheritance.reason}"
+        origin = inheritance.offered.get(parts[0])
+        if origin is None:
+            return ""
+        return f" ('{parts[0]}' is inherited as a whole or not at all: say all of it here, or change it in {origin})"
+
+    def _recorded_section(self, reference: str) -> dict[str, Any] | None:
+        """Returns the section in the stage.json of the directory that `reference` names, None where there is none."""
+        try:
+            record = json.loads((self._path(reference) / STAGE_FILE).read_text(encoding="utf-8"))
+            return record["section"] if isinstance(record["section"], dict) else None
+        except (OSError, ValueError, KeyError, TypeError, UserError):
+            return None  # whether it is a model at all is seen when it is looked for
 
     def find(self, reference: _Reference, key: str) -> Path | str:
         """Returns what `reference` names: a path, or the hub id of a model unchanged.
@@ -186,7 +221,14 @@ class Recipe:
                 return self.find_zero(reference)
             return self.find_model(reference) if isinstance(reference, ModelRef) else self.find_file(reference)
         except UserError as error:
-            raise self.error(key, str(error)) from None
+            raise self.error(key, f"{error}{self._inherited_from(key)}") from None
+
+    def _inherited_from(self, key: str) -> str:
+        """Returns who says `stages.NAME.KIND.…` where that stage does not say it itself."""
+        parts = key.split(".")
+        inheritance = self.inherited.get(parts[1]) if len(parts) > 3 else None
+        origin = inheritance.origins.get(parts[3]) if inheritance else None
+        return f" ('{parts[3]}' is inherited from {origin})" if origin else ""
 
     def find_file(self, reference: str) -> Path:
         """Returns the existing file that a FileRef names; relative paths start at the recipe's directory.
@@ -260,11 +302,9 @@ class _Yaml(yaml.SafeLoader):
 
 
 _Yaml.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: node.value)
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+FLOAT = (re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
+"""Numbers of YAML 1.2 that PyYAML takes for text: (pattern, first characters)."""
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", *FLOAT)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None, runs: str | Path = "runs") -> Recipe:

@@ -22,11 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic
 
-from engine.config import ModelRef, Recipe, Section, load_recipe, references
+from engine.config import STAGE_FILE, ModelRef, Recipe, Section, load_recipe, references
 from engine.errors import UserError, did_you_mean
 from engine.rank import run_rank
 
-STAGE_FILE = "stage.json"
 WORK_FILE = "work.json"
 """In the working directory of a stage: what the run that it belongs to is."""
 

@@ -154,8 +154,17 @@ def launch(
         cluster.launch_nodes(given)
 
 
-@app.command(epilog="Example: `bothways check recipe.yaml --set teacher.train.batch_size=64`")
-def check(recipe: RecipePath, overrides: Overrides = [], runs: Runs = Path("runs")) -> None:  # noqa: B006
+@app.command(
+    epilog="Examples: `bothways check recipe.yaml --set teacher.train.batch_size=64` · `bothways check recipe.yaml --show`"
+)
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    runs: Runs = Path("runs"),
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the recipe as it will run: overrides applied, inherited values written out.")
+    ] = False,
+) -> None:
     """Validate a recipe and everything that it names, in under a second."""
     from engine.config import load_recipe
     from launch.check import check_recipe
@@ -163,7 +172,13 @@ def check(recipe: RecipePath, overrides: Overrides = [], runs: Runs = Path("runs
 
     loaded = load_recipe(recipe, overrides, runs)
     stages = load_stages(loaded)
-    for name, said in check_recipe(loaded, stages).items():
+    checked = check_recipe(loaded, stages)
+    if show:
+        from launch.show import show_recipe
+
+        print(show_recipe(loaded, stages), end="")
+        return
+    for name, said in checked.items():
         print(f"{name}: {loaded.stages[name][0]}: {said}")
 
 

@@ -26,8 +26,9 @@ def test_every_page_is_linked_from_the_index():
     ] == []
 
 
-def test_the_recipe_in_the_readme_is_valid(tmp_path):
-    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+def test_the_recipe_of_a_page_is_valid(tmp_path, page):
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     path = tmp_path / "reviews.yaml"
     path.write_text(block, encoding="utf-8")
     stages = load_stages(load_recipe(path))
