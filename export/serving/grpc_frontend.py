@@ -10,8 +10,9 @@ import grpc
 from google.protobuf.json_format import ParseDict
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from export.serving.protocol import Given, RequestError, Wanted, to_bytes
+from export.serving.protocol import Given, RequestError, Wanted
 from export.serving.service import Service
+from export.serving.tensors import to_bytes
 from export.serving.triton import VERSION
 
 _CODES = {
@@ -19,7 +20,6 @@ _CODES = {
     404: grpc.StatusCode.NOT_FOUND,
     503: grpc.StatusCode.UNAVAILABLE,
 }
-_CONTENTS = {"INT64": "int64_contents", "FP32": "fp32_contents", "BYTES": "bytes_contents"}
 
 
 class GrpcFrontend(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -88,7 +88,7 @@ class GrpcFrontend(service_pb2_grpc.GRPCInferenceServiceServicer):
         for item in wanted:
             datatype, array = model.spec.output(item, outputs)
             response.outputs.add(name=item.name, datatype=datatype, shape=array.shape)
-            response.raw_output_contents.append(to_bytes(array))
+            response.raw_output_contents.append(to_bytes(array, datatype))
         return response
 
 
@@ -100,14 +100,9 @@ def _given(request: Any) -> list[Given]:
     for index, item in enumerate(request.inputs):
         if "shared_memory_region" in item.parameters:
             raise RequestError(f"input '{item.name}': shared memory is not supported: send the tensor in the request")
-        data: bytes | list[Any]
-        if raw:
-            data = raw[index]
-        elif item.datatype not in _CONTENTS:
-            data = b""  # the datatype is refused by the model
-        else:
-            data = list(getattr(item.contents, _CONTENTS[item.datatype]))
-        given.append(Given(item.name, item.datatype, list(item.shape), data))
+        if raw and item.HasField("contents"):
+            raise RequestError(f"input '{item.name}': give contents or raw_input_contents, not both")
+        given.append(Given(item.name, item.datatype, list(item.shape), raw[index] if raw else item.contents))
     return given
 
 

@@ -14,9 +14,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from export.serving.protocol import Given, RequestError, Wanted, to_bytes, to_json, to_list
+from export.serving.protocol import Given, RequestError, Wanted, to_json
 from export.serving.scheduler import ServedModel
 from export.serving.service import Service
+from export.serving.tensors import to_bytes, to_list
 from export.serving.triton import VERSION
 
 MAX_BODY = 16 * 2**20
@@ -110,10 +111,10 @@ class HttpFrontend:
             datatype, array = model.spec.output(item, outputs)
             output: dict[str, Any] = {"name": item.name, "datatype": datatype, "shape": list(array.shape)}
             if in_binary.get(item.name, in_binary[""]):
-                tail.append(to_bytes(array))
+                tail.append(to_bytes(array, datatype))
                 output["parameters"] = {"binary_data_size": len(tail[-1])}
             else:
-                output["data"] = to_list(array)
+                output["data"] = to_list(array, datatype, f"output '{item.name}'")
             answer["outputs"].append(output)
         return _compressed(orjson.dumps(answer), tail, request.headers.get("accept-encoding", ""))
 
@@ -187,7 +188,9 @@ def _loads(data: bytes, *kinds: type) -> Any:
 
 
 def _field(holder: dict[str, Any], key: str, kind: type, where: str, default: Any = None) -> Any:
-    value = holder.get(key, default)
+    """Returns one field of a request; null is as good as absent, which is what clients with typed models send."""
+    value = holder.get(key)
+    value = default if value is None else value
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise RequestError(f"{where}: '{key}' must be {_KINDS[kind]}")
     return value
@@ -239,6 +242,7 @@ def _parse(head: dict[str, Any], binary: bytes) -> tuple[list[Given], list[Wante
 
 def _parameters(holder: dict[str, Any], where: str) -> dict[str, Any]:
     parameters = _field(holder, "parameters", dict, where, {})
+    parameters = {key: value for key, value in parameters.items() if value is not None}
     if "shared_memory_region" in parameters:
         raise RequestError(f"{where}: shared memory is not supported: send the tensor in the request")
     return parameters

@@ -134,13 +134,13 @@ def read_manifest(directory: Path) -> tuple[Manifest, str]:
         raise UserError(f"{path}: {where}: {message}: copy the bundle again or export it anew") from None
 
 
-def _walk(directory: Path, inner: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Yields every entry below `directory` that is not a directory, without following links."""
+def _walk(directory: Path, folders: set[str], inner: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Yields every entry below `directory` but those of `folders`, whose own entries it yields; no link is followed."""
     with os.scandir(directory / inner) as entries:
         for entry in sorted(entries, key=lambda item: item.name):
             name = f"{inner}/{entry.name}".lstrip("/")
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(directory, name)
+            if entry.is_dir(follow_symlinks=False) and name in folders:
+                yield from _walk(directory, folders, name)
             else:
                 yield name, entry
 
@@ -149,15 +149,18 @@ def check_files(directory: Path, manifest: Manifest) -> None:
     """Compares every file of a bundle with its manifest, cheapest check first.
 
     Raises:
-        UserError: the first file that is linked, not listed, missing, or of another size or SHA-256.
+        UserError: the first file that is linked, not listed, missing, or of another size or SHA-256; the first folder without a
+            listed file.
     """
-    present = dict(_walk(directory))
+    present = dict(_walk(directory, {str(folder) for name in manifest.files for folder in PurePosixPath(name).parents}))
     for name, entry in present.items():
+        if entry.is_dir(follow_symlinks=False):
+            raise UserError(f"{directory / name}: a folder that {MANIFEST} has no file of: no part of the bundle, remove it")
         if not stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
             kind = "a symbolic link" if entry.is_symlink() else "not a plain file"
             raise UserError(f"{directory / name}: {kind}: a bundle holds plain files only; copy the bundle again")
         if name not in manifest.files and name not in UNLISTED:
-            raise UserError(f"{directory / name}: not listed in {MANIFEST}: remove it, or export the bundle anew")
+            raise UserError(f"{directory / name}: not listed in {MANIFEST}: no part of the bundle, remove it")
     for name, listed in manifest.files.items():
         if name not in present:
             raise UserError(f"{directory / name}: missing, though {MANIFEST} lists it: copy the bundle again")

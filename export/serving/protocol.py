@@ -8,40 +8,29 @@ Shapes: B rows of one request, C classes.
 from __future__ import annotations
 
 import math
-import struct
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from google.protobuf import descriptor, json_format, message, text_format
 from tritonclient.grpc import model_config_pb2
+from tritonclient.grpc.service_pb2 import InferTensorContents
 
+from export.serving.tensors import RequestError, from_bytes, from_contents, from_list
 from export.serving.triton import VERSION
 
 Arrays = dict[str, np.ndarray]
 """Tensors by name; BYTES tensors are object arrays of bytes."""
 
-_NUMPY = {"INT64": "<i8", "FP32": "<f4"}
-_ELEMENT: dict[str, Any] = {"INT64": (int, "an integer"), "FP32": ((int, float), "a number"), "BYTES": (str, "a string")}
-_INT64 = range(-(2**63), 2**63)
-
-
-class RequestError(Exception):
-    """A request that is not answered. `status` is the HTTP status; each transport maps it to its own codes."""
-
-    def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
-
 
 @dataclass(frozen=True)
 class Given:
-    """An input tensor as it came: `data` is raw bytes, or the list of a JSON request."""
+    """An input tensor as it came: `data` is raw bytes, the list of a JSON request, or the typed contents of a gRPC request."""
 
     name: str
     datatype: str
     shape: list[int]
-    data: bytes | list[Any]
+    data: bytes | list[Any] | InferTensorContents
 
 
 @dataclass(frozen=True)
@@ -173,63 +162,14 @@ def _array(given: Given, spec: TensorSpec) -> np.ndarray:
         raise RequestError(f"{where} has shape {shape}, not {expected}")
     count = math.prod(shape)
     if isinstance(given.data, bytes):
-        values = _from_bytes(given.data, spec.datatype, count, where)
+        values = from_bytes(given.data, spec.datatype, count, where)
+    elif isinstance(given.data, list):
+        values = from_list(given.data, spec.datatype, len(shape), where)
     else:
-        values = _from_list(given.data, spec.datatype, len(shape), where)
+        values = from_contents(given.data, spec.datatype, where)
     if len(values) != count:
         raise RequestError(f"{where} has {len(values)} elements, but shape {shape} needs {count}")
     return values.reshape(shape)
-
-
-def _from_bytes(data: bytes, datatype: str, count: int, where: str) -> np.ndarray:
-    if datatype != "BYTES":
-        dtype = np.dtype(_NUMPY[datatype])
-        if len(data) != count * dtype.itemsize:
-            raise RequestError(f"{where} has {len(data)} bytes, but {count} elements of {datatype} need {count * dtype.itemsize}")
-        return np.frombuffer(data, dtype)
-    values: list[bytes] = []
-    offset = 0
-    while offset < len(data):
-        end = offset + 4 + (struct.unpack_from("<I", data, offset)[0] if offset + 4 <= len(data) else 0)
-        if offset + 4 > len(data) or end > len(data):
-            raise RequestError(f"{where}: element {len(values)} ends after the data: each is 4 bytes of length and its bytes")
-        values.append(data[offset + 4 : end])
-        offset = end
-    return _objects(values)
-
-
-def _from_list(data: list[Any], datatype: str, depth: int, where: str) -> np.ndarray:
-    """Reads the data of a JSON request: nested as the shape is, or flat."""
-    for _ in range(depth - 1):
-        if data and all(isinstance(part, list) for part in data):
-            data = [item for part in data for item in part]
-    kind, article = _ELEMENT[datatype]
-    for item in data:
-        if not isinstance(item, kind) or isinstance(item, bool):
-            raise RequestError(f"{where}: an element is {type(item).__name__}, not {article}: {str(item)[:40]}")
-    if datatype == "BYTES":
-        return _objects([item.encode() for item in data])
-    if datatype == "INT64" and any(item not in _INT64 for item in data):
-        raise RequestError(f"{where}: an element is outside the range of INT64")
-    return np.array(data, dtype=_NUMPY[datatype])
-
-
-def _objects(values: list[bytes]) -> np.ndarray:
-    array = np.empty(len(values), dtype=np.object_)
-    array[:] = values
-    return array
-
-
-def to_bytes(array: np.ndarray) -> bytes:
-    """Returns an output tensor in the binary form of the protocol."""
-    if array.dtype == np.object_:
-        return b"".join(struct.pack("<I", len(value)) + value for value in array.ravel())
-    return np.ascontiguousarray(array).tobytes()
-
-
-def to_list(array: np.ndarray) -> list[Any]:
-    """Returns an output tensor as the flat list of a JSON response."""
-    return [value.decode() for value in array.ravel()] if array.dtype == np.object_ else array.ravel().tolist()
 
 
 def to_json(value: message.Message) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def serve(
     """
     try:
         import export.serving.grpc_frontend
+        import export.serving.health
         import export.serving.http_frontend  # noqa: F401
     except (ImportError, RuntimeError) as error:  # tritonclient raises RuntimeError where grpcio is missing
         raise UserError(f"serving needs more packages ({error}): pip install 'bothways[serve]'") from None
@@ -92,9 +93,11 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
 async def _serve(listener: socket.socket, grpc_port: int, load: Callable[[], Service]) -> None:
     import grpc
     import uvicorn
+    from grpc_health.v1 import health_pb2_grpc
     from tritonclient.grpc import service_pb2_grpc
 
     from export.serving.grpc_frontend import GrpcFrontend
+    from export.serving.health import HealthFrontend
     from export.serving.http_frontend import MAX_BODY, HttpFrontend
 
     class HttpServer(uvicorn.Server):
@@ -114,6 +117,7 @@ async def _serve(listener: socket.socket, grpc_port: int, load: Callable[[], Ser
         grpc_port = rpc.add_insecure_port(f"{shown}:{grpc_port}")
         service = load()
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(GrpcFrontend(service), rpc)
+        health_pb2_grpc.add_HealthServicer_to_server(HealthFrontend(service), rpc)
         config = uvicorn.Config(
             HttpFrontend(service).app,
             lifespan="off",
@@ -131,7 +135,8 @@ async def _serve(listener: socket.socket, grpc_port: int, load: Callable[[], Ser
                 flush=True,
             )
             await asyncio.wait([answering, asyncio.create_task(asked.wait())], return_when=asyncio.FIRST_COMPLETED)
-            service.ready, http.should_exit = False, True
+            service.stopping.set()
+            http.should_exit = True
             await asyncio.gather(answering, rpc.stop(DRAIN_SECONDS))
     finally:
         await rpc.stop(0)

@@ -5,6 +5,7 @@ Shapes: B rows, L tokens, C classes.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -42,7 +43,7 @@ class Service:
                 f"max_batch={max_batch}: the bundle's engines take 1 to {largest} rows: export with a larger max_batch"
             )
         self.bundle = bundle
-        self.ready = True
+        self.stopping = asyncio.Event()
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference")
         name = bundle.manifest.name
         specs = {model: self._spec(model, max_batch) for model in (name, core_name(name))}
@@ -66,6 +67,11 @@ class Service:
             ["model", "status"],
             registry=self.registry,
         )
+
+    @property
+    def ready(self) -> bool:
+        """Requests are welcome: the server was not asked to stop."""
+        return not self.stopping.is_set()
 
     def _spec(self, model: str, max_batch: int | None) -> ModelSpec:
         text = read_file(self.bundle.directory, self.bundle.manifest, f"models/{model}/config.pbtxt").decode()

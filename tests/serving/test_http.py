@@ -128,6 +128,34 @@ def test_json_data_may_be_nested_as_its_shape_is(server):
         assert len(answer["outputs"][1]["data"]) == 6
 
 
+NULLS = {"id": None, "parameters": None, "outputs": None}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"inputs": [TEXT], **NULLS},
+        {"inputs": [{**TEXT, "parameters": None}]},
+        {"inputs": [{**TEXT, "parameters": {"binary_data_size": None, "shared_memory_region": None}}]},
+        {"inputs": [TEXT], "parameters": {"binary_data_output": None}},
+        {"inputs": [TEXT], "outputs": [{"name": "LABEL", "parameters": None}, {"name": "SCORES"}]},
+        {
+            "inputs": [TEXT],
+            "outputs": [{"name": "LABEL", "parameters": {"binary_data": None, "classification": None}}, {"name": "SCORES"}],
+        },
+    ],
+)
+def test_an_optional_field_that_is_null_is_absent(server, body):
+    assert infer(server, body) == infer(server, {"inputs": [TEXT]})
+    assert infer(server, body)[0] == 200
+
+
+@pytest.mark.parametrize("key", ["name", "shape", "datatype", "data"])
+def test_a_field_that_is_needed_is_not_null(server, key):
+    status, answer = infer(server, {"inputs": [{**TEXT, key: None}]})
+    assert (status, f"'{key}' must be" in answer["error"]) == (400, True), answer
+
+
 def binary_request(tensor, size=None):
     head = json.dumps({"inputs": [{**TEXT, "data": [], "parameters": {"binary_data_size": size or len(tensor)}}]}).encode()
     return head + tensor, {"Inference-Header-Content-Length": str(len(head))}

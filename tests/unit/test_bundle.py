@@ -1,6 +1,7 @@
 """The bundle: complete, unchanged and right, or refused with one line."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -87,6 +88,19 @@ def test_a_file_that_the_manifest_does_not_list_is_refused_but_the_stage_record_
     verify_bundle(copy)
     (copy / "models" / "extra.py").write_text("")
     refused(copy, "models/extra.py: not listed")
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "models/Thumbs.db", "models/tiny/1/__pycache__/model.pyc", "notes/read me.txt"])
+def test_what_a_copy_has_picked_up_is_refused_and_is_to_be_removed(copy, name):
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("litter")
+    refused(copy, "(not listed in|has no file of).*: no part of the bundle, remove it$")
+
+
+@pytest.mark.parametrize("name", ["lost+found", "models/empty"])
+def test_a_folder_that_no_listed_file_lies_in_is_refused_unread(copy, name):
+    (copy / name).mkdir(mode=0)
+    refused(copy, f"{re.escape(name)}: a folder that manifest.json has no file of: no part of the bundle, remove it")
 
 
 def test_symbolic_links_are_refused_even_to_the_right_bytes(copy, tmp_path):
