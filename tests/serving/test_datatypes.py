@@ -76,25 +76,26 @@ def request(datatype, shape=(2, 3), **contents):
 @contextlib.contextmanager
 def answering(service):
     """Runs our gRPC front end beside the test; yields its address."""
-    ready, loop = threading.Event(), asyncio.new_event_loop()
-    found = SimpleNamespace(port=0, server=None)
+    ready, loop, asked, ports = threading.Event(), asyncio.new_event_loop(), asyncio.Event(), []
 
-    async def start():
-        found.server = grpc.aio.server()
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(GrpcFrontend(service), found.server)
-        found.port = found.server.add_insecure_port("127.0.0.1:0")
-        await found.server.start()
+    async def run():
+        server = grpc.aio.server()
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(GrpcFrontend(service), server)
+        ports.append(server.add_insecure_port("127.0.0.1:0"))
+        await server.start()
         ready.set()
-        await found.server.wait_for_termination()
+        await asked.wait()
+        await server.stop(0)
 
-    thread = threading.Thread(target=loop.run_until_complete, args=(start(),))
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),))
     thread.start()
     try:
-        assert ready.wait(10)
-        yield f"127.0.0.1:{found.port}"
+        assert ready.wait(30)
+        yield f"127.0.0.1:{ports[0]}"
     finally:
-        asyncio.run_coroutine_threadsafe(found.server.stop(0), loop).result(10)
+        loop.call_soon_threadsafe(asked.set)
         thread.join()
+        loop.close()
 
 
 class Echo:
