@@ -16,11 +16,13 @@ test: install ## lint, types and every test that takes seconds
 	$(MAKE) lint
 	-$(BIN)/python -m tests.serving.triton_server install
 	-$(BIN)/python -m tests.slurm.cluster install
+	-$(BIN)/python -m tests.unit.emulated install
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: install ## the minutes-long tests too
 	-$(BIN)/python -m tests.serving.triton_server install
 	-$(BIN)/python -m tests.slurm.cluster install
+	-$(BIN)/python -m tests.unit.emulated install
 	$(BIN)/python -m pytest
 
 test-slurm: install ## batch jobs on a real Slurm of two nodes, which is started here for the time of the tests

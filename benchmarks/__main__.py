@@ -80,7 +80,8 @@ def demo_table() -> str:
         if key in result["figures"]:
             lines.append(_line(title, result["figures"][key], targets[key]))
     machine = result["machine"]
-    where = f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gib']:.0f} GiB"
+    units = f" with {', '.join(machine['instructions'])}" if "instructions" in machine else ""
+    where = f"{machine['cores']} cores of {machine['processor']}{units}, {machine['memory_gib']:.0f} GiB"
     lines += [
         "",
         f"Measured on {result['date'][:10]} at commit `{result['commit'][:8]}` on {where}; again: `{result['command']}`.",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.cpu import instructions
 from engine.errors import UserError
 from engine.intervals import Interval
 
@@ -109,13 +110,14 @@ def head() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Returns what a time depends on: processor, cores, memory, system."""
+    """Returns what a time depends on: processor and its instructions, cores, memory, system."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "processor": names[0] if names else platform.processor(),
+        "instructions": instructions(),
         "cores": os.cpu_count(),
         "memory_gib": round(memory / 2**30, 1),
         "platform": platform.platform(),

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from engine.config import STAGE_FILE, ModelRef, Recipe, Section, load_recipe, references
+from engine.cpu import instructions
 from engine.errors import UserError, did_you_mean
 from engine.rank import run_rank
 
@@ -251,7 +252,7 @@ class Stage(Generic[Section]):
             "inputs": self.inputs,
             "fingerprint": self.fingerprint,
             "versions": versions(),
-            "machine": {"cpu_count": os.cpu_count(), "platform": platform.platform()},
+            "machine": {"cpu_count": os.cpu_count(), "platform": platform.platform(), "instructions": instructions()},
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             **facts,

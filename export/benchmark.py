@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.cpu import instructions
 from engine.intervals import median_interval
 
 Arrays = dict[str, np.ndarray]
@@ -89,8 +90,8 @@ def benchmark_bundle(path: Path, threads: int = 2, rounds: int = 20) -> dict[str
         rounds: passes; each measures up to INPUTS_PER_ROUND golden inputs, and every batch size and length once.
 
     Returns:
-        {"threads", "rounds", "batch_1": over the golden inputs at their natural lengths, with "text" (tokenizing included),
-        "batches": {"8×64": {…, "rows_per_second"}}}.
+        {"threads", "instructions" of this CPU, "rounds", "batch_1": over the golden inputs at their natural lengths, with "text"
+        (tokenizing included), "batches": {"8×64": {…, "rows_per_second"}}}.
     """
     from export.serving.bundle import Bundle
 
@@ -112,6 +113,7 @@ def benchmark_bundle(path: Path, threads: int = 2, rounds: int = 20) -> dict[str
             batches[f"{batch}×{length}"] = {**found, "rows_per_second": batch / found["median_ms"] * 1e3}
     return {
         "threads": threads,
+        "instructions": instructions(),
         "rounds": rounds,
         "batch_1": {**summary(times), "text": summary(np.asarray(texts))},
         "batches": batches,

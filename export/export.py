@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from engine.config import ModelRef, Strict
+from engine.cpu import instructions
 from engine.data.sources import Row
 from engine.data.splits import DataConfig
 from engine.stage import Stage, lineage, stage_main
 from engine.tasks import ClassificationConfig
+from export.engines import Weights
 from export.engines.parity import ParityGates
 
 if TYPE_CHECKING:
@@ -60,6 +62,8 @@ class Source:
     precision: str
     reference: Path | str
     """The float model that the graph was made from."""
+    weights: Weights | None = None
+    """Form of int8 weights."""
 
 
 def find_source(stage: Stage[ExportConfig], path: Path | str, inputs: list[str]) -> Source:
@@ -71,9 +75,11 @@ def find_source(stage: Stage[ExportConfig], path: Path | str, inputs: list[str])
     from export.engines.graph import export_onnx, merge_projections
 
     if isinstance(path, Path) and (path / MODEL_FILE).exists():
-        before = lineage(path)[path]["inputs"]["model"]["reference"]
+        record = lineage(path)[path]
+        before = record["inputs"]["model"]["reference"]
         beside = path.parent / before
-        return Source(onnx.load(path / MODEL_FILE), "int8", beside if beside.is_dir() else stage.recipe.find_model(before))
+        reference = beside if beside.is_dir() else stage.recipe.find_model(before)
+        return Source(onnx.load(path / MODEL_FILE), "int8", reference, record["section"].get("weights", "8bit"))
     graph = export_onnx(load_model(path, "classification", attention="eager"), inputs)
     merge_projections(graph)
     return Source(graph, "fp32", path)
@@ -162,7 +168,8 @@ def run_benchmark(
         for key, kind in (("speedup_vs_torch_fp32", "torch-fp32"), ("speedup_vs_onnx_fp32", "onnx-fp32"))
         if config.baseline is not None
     }
-    return {"threads": config.threads, "inputs": len(inputs), "rounds": config.rounds, "engines": engines}, speedups
+    record = {"threads": config.threads, "instructions": instructions(), "inputs": len(inputs), "rounds": config.rounds}
+    return {**record, "engines": engines}, speedups
 
 
 def compare(
@@ -230,7 +237,7 @@ def run(stage: Stage[ExportConfig]) -> None:
     work = stage.partial / "engines"
     work.mkdir(exist_ok=True)
     engines = build_engines(config, source, np.asarray([len(e["input_ids"]) for e in data.examples["train"]]), work)
-    engine = OrtEngine(engines["onnxruntime"], config.threads)
+    engine = OrtEngine(engines["onnxruntime"], config.threads, wide=source.weights == "8bit")
     reference = load_model(source.reference, "classification", attention="eager")
     _, reference_NC = evaluate_classifier(reference, task, examples)
     parity = check_parity(engine, task, examples, reference_NC, config.gates)
@@ -253,6 +260,7 @@ def run(stage: Stage[ExportConfig]) -> None:
         max_batch=config.max_batch,
         tokenizer=Path(path),
         engines=engines,
+        weights=source.weights,
         golden=golden_rows(config.task, rows[judged], examples, reference_NC),
         parity=parity,
         benchmark=benchmark,

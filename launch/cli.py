@@ -291,7 +291,9 @@ def verify(
     report = verify_bundle(find_bundle(bundle), engine=engine, threads=threads)
     if identity is not None and report["identity"] != identity.lower():
         raise UserError(f"{bundle}: its identity is {report['identity']}, not {identity}: this is another bundle")
-    print(json.dumps(report, indent=1) if as_json else "\n".join([*_lines(report), f"{bundle}: intact"]))
+    there, here = (", ".join(report["instructions"][place]) or "unknown instructions" for place in ("export", "here"))
+    other = f" (exported on a CPU with {there}; this one has {here}: last digits may differ)" if there != here else ""
+    print(json.dumps(report, indent=1) if as_json else "\n".join([*_lines(report), f"{bundle}: intact{other}"]))
 
 
 @app.command(epilog="Examples: `bothways report runs/demo` · `bothways report runs/demo --json`")
@@ -344,7 +346,7 @@ def _lines(values: dict[str, Any], where: str = "") -> list[str]:
     lines = []
     for key, value in values.items():
         name = f"{where}.{key}".lstrip(".")
-        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        shown = f"{value:.6g}" if isinstance(value, float) else ", ".join(value) if isinstance(value, list) else str(value)
         lines += _lines(value, name) if isinstance(value, dict) else [f"{name}: {shown}"]
     return lines
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.cpu import instructions
 from launch.machine import cores, gpus
 from launch.operators import ASYNC_IO, CPU_ADAM, SHARED_MEMORY, is_built, is_stale, locks
 
@@ -32,7 +33,7 @@ class Finding(NamedTuple):
 def examine() -> list[Finding]:
     """Looks at everything; a check that fails says so and stops no other."""
     checks: list[Callable[[], Finding]] = [
-        *(_python, _torch, _gpus, _bf16, _memory, _disk, _collectives, _operators, _locks, _async_io),
+        *(_python, _torch, _cpu, _gpus, _bf16, _memory, _disk, _collectives, _operators, _locks, _async_io),
         *(_onnxruntime, _int8, _tensorrt, _tensorrt_rtx, _bitsandbytes, _modelopt, _serving, _slurm, _loopback),
     ]
     return [_guarded(check) for check in checks]
@@ -67,13 +68,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_flags() -> set[str]:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith(("flags", "Features")):
-            return set(line.partition(":")[2].split())
-    return set()
-
-
 def _python() -> Finding:
     known = (3, 11) <= sys.version_info[:2] <= (3, 12)
     fix = "" if known else "use Python 3.11 or 3.12"
@@ -85,6 +79,11 @@ def _torch() -> Finding:
 
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     return Finding("torch", True, f"{torch.__version__} ({build}), transformers {_version('transformers')}")
+
+
+def _cpu() -> Finding:
+    found = instructions()
+    return Finding("vector instructions", bool(found), ", ".join(found) or "unknown: /proc/cpuinfo does not say")
 
 
 def _gpus() -> Finding:
@@ -109,8 +108,7 @@ def _bf16() -> Finding:
         fast = torch.cuda.is_bf16_supported()
     else:
         fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    units = sorted(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
-    where = "GPU" if torch.cuda.is_available() else ", ".join(units) or "no bf16 instructions"
+    where = "GPU" if torch.cuda.is_available() else "CPU with bf16" if "bf16" in instructions() else "no bf16 instructions"
     return Finding("bf16 training", fast, f"precision=auto means {'bf16' if fast else 'fp32'} here ({where})")
 
 
@@ -172,9 +170,11 @@ def _onnxruntime() -> Finding:
 
 
 def _int8() -> Finding:
-    units = sorted(_cpu_flags() & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
-    says = f"{', '.join(units)}" if units else "no int8 dot products in this CPU: an int8 engine is smaller here, hardly faster"
-    return Finding("fast int8", bool(units), says)
+    units = [name for name in instructions() if name in ("VNNI", "AMX", "dot product", "i8mm")]
+    lacking = (
+        "no int8 dot products in this CPU: int8 engines with `portable` weights are exact here, those with `8bit` weights slower"
+    )
+    return Finding("fast int8", bool(units), ", ".join(units) or lacking)
 
 
 def _tensorrt() -> Finding:

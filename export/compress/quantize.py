@@ -4,6 +4,11 @@ The form is the one that both ONNX Runtime and TensorRT run fast: symmetric int8
 channel of a weight, a QuantizeLinear and DequantizeLinear pair of its own on the inputs of every MatMul with a constant weight,
 weights folded to int8 constants. Embedding tables are stored as int8 with a scale per row (as in arXiv:1911.02079, without its
 pruning). The arithmetic between them stays fp32.
+
+x86 CPUs without VNNI add two neighbouring products in 16 bits that saturate (VPMADDUBSW, Intel 64 manual, volume 2). `portable`
+weights leave that sum no room to saturate, so that the integer products are exact on every CPU.
+
+Shapes: I inputs and O outputs of a weight.
 """
 
 from __future__ import annotations
@@ -18,14 +23,19 @@ from engine.config import ModelRef, Strict
 from engine.data.splits import DataConfig
 from engine.stage import Stage, stage_main
 from engine.tasks import ClassificationConfig
+from export.engines import Weights
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import onnx
 
     from engine.tasks.classification import Classification, Example
 
 CALIBRATION_BATCH = 32
-"""Rows per calibration run; rows of similar length together."""
+"""Most rows per calibration run; they have the same length, so that no padding is looked at."""
+PAIR_LIMIT = 128
+"""Largest sum of two neighbouring weights of one sign: an activation of up to 255 times it stays below 2¹⁵."""
 MODEL_FILE = "model.onnx"
 """Name of the graph in the directory of a `quantize` stage."""
 
@@ -40,6 +50,10 @@ class QuantizeConfig(Strict):
     """Training rows calibrate; validation and test rows measure the loss of accuracy."""
     examples: int = Field(512, ge=1)
     """Training rows that calibrate the activation ranges."""
+    weights: Weights = "portable"
+    """`portable`: the scale of each channel is as fine as it can be while no product saturates on any CPU. `8bit`: every channel
+    uses all 8 bits, for CPUs with VNNI and for TensorRT; `predict` and `serve` then compute wider on x86 CPUs without VNNI, which
+    is slower, and Triton's ONNX Runtime saturates there."""
     max_length: int = Field(128, ge=4)
 
 
@@ -56,7 +70,6 @@ def activation_ranges(model: onnx.ModelProto, task: Classification, examples: li
     """
     import onnx
 
-    from engine.evaluate import batches_by_length
     from export.engines.graph import weight_matmuls
     from export.engines.ort import session
 
@@ -66,7 +79,7 @@ def activation_ranges(model: onnx.ModelProto, task: Classification, examples: li
     watched.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names)
     runner = session(watched.SerializeToString())
     ranges = dict.fromkeys(names, 0.0)
-    for rows in batches_by_length([len(example["input_ids"]) for example in examples], CALIBRATION_BATCH):
+    for rows in _batches_of_one_length(np.asarray([len(example["input_ids"]) for example in examples])):
         batch = task.collate([examples[row] for row in rows])
         tensors = runner.run(names, {name: batch[name].numpy() for name in task.inputs})
         for name, tensor in zip(names, tensors, strict=True):
@@ -74,11 +87,36 @@ def activation_ranges(model: onnx.ModelProto, task: Classification, examples: li
     return ranges
 
 
-def quantize_matmuls(model: onnx.ModelProto, ranges: dict[str, float]) -> None:
+def _batches_of_one_length(lengths: np.ndarray) -> Iterator[np.ndarray]:
+    for length in np.unique(lengths):
+        rows = np.flatnonzero(lengths == length)
+        yield from (rows[start : start + CALIBRATION_BATCH] for start in range(0, len(rows), CALIBRATION_BATCH))
+
+
+def quantize_weight(weight_IO: np.ndarray, weights: Weights) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds a weight to int8 with one scale per output.
+
+    Returns:
+        (int8 of shape (I, O), float32 scales of shape (O,)). `portable`: no two rows 2i and 2i + 1 of a column hold values of one
+        sign that add up to more than PAIR_LIMIT.
+    """
+    bound_O = np.abs(weight_IO).max(axis=0) / 127
+    if weights == "portable":
+        inputs, outputs = weight_IO.shape
+        pairs = np.pad(weight_IO, ((0, inputs % 2), (0, 0))).reshape(-1, 2, outputs)
+        sums = [np.maximum(sign * pairs, 0).sum(axis=1).max(axis=0) for sign in (1, -1)]
+        # Rounding adds at most a half to each of the two: the whole number below their sum is then PAIR_LIMIT at most.
+        bound_O = np.maximum(bound_O, np.maximum(*sums) / (PAIR_LIMIT - 0.5))
+    scale_O = np.maximum(bound_O, 1e-12 / 127).astype(np.float32)
+    return np.rint(weight_IO / scale_O).astype(np.int8), scale_O
+
+
+def quantize_matmuls(model: onnx.ModelProto, ranges: dict[str, float], weights: Weights = "portable") -> None:
     """Gives every MatMul with a constant weight int8 inputs, in place: a Q/DQ pair on its activation, DQ of an int8 weight.
 
     Args:
         ranges: largest absolute value of each activation, see `activation_ranges`.
+        weights: see `QuantizeConfig`.
     """
     from onnx import helper, numpy_helper
 
@@ -87,9 +125,9 @@ def quantize_matmuls(model: onnx.ModelProto, ranges: dict[str, float]) -> None:
     zero = np.zeros((), dtype=np.int8)
     for node, weight_IO in weight_matmuls(model):
         left, right, name = node.input[0], node.input[1], node.name
-        scale_O = (np.maximum(np.abs(weight_IO).max(axis=0), 1e-12) / 127).astype(np.float32)
+        int8_IO, scale_O = quantize_weight(weight_IO, weights)
         constants = {
-            f"{right}_int8": np.rint(weight_IO / scale_O).astype(np.int8),
+            f"{right}_int8": int8_IO,
             f"{right}_scale": scale_O,
             f"{right}_zero": np.zeros(len(scale_O), dtype=np.int8),
             f"{name}_scale": np.float32(max(ranges[left], 1e-12) / 127),
@@ -191,14 +229,14 @@ def run(stage: Stage[QuantizeConfig]) -> None:
     model = load_model(path, "classification", attention="eager")
     graph = export_onnx(model, task.inputs)
     merge_projections(graph)
-    quantize_matmuls(graph, activation_ranges(graph, task, data.examples["train"]))
+    quantize_matmuls(graph, activation_ranges(graph, task, data.examples["train"]), config.weights)
     quantize_embeddings(graph)
     onnx.checker.check_model(graph)
     stage.begin()
     onnx.save(graph, stage.output / MODEL_FILE)
     read_config(path).save_pretrained(stage.output)
     task.tokenizer.save_pretrained(stage.output)
-    engine = OrtEngine(stage.output / MODEL_FILE)
+    engine = OrtEngine(stage.output / MODEL_FILE, wide=config.weights == "8bit")
     metrics = data.judge(lambda examples: evaluate_engine(engine, task, examples), stage.output)
     stage.complete(
         metrics=metrics,

@@ -5,9 +5,12 @@ An engine is anything with this protocol; arrays are NumPy, B rows of L tokens.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
+
+Weights = Literal["portable", "8bit"]
+"""Form of int8 weights: exact on every CPU, or with all 8 bits used, see export.compress.quantize.QuantizeConfig."""
 
 
 class Engine(Protocol):

@@ -11,12 +11,14 @@ import numpy as np
 from engine.errors import UserError
 
 
-def session(model: Path | bytes, threads: int | None = None) -> Any:
+def session(model: Path | bytes, threads: int | None = None, wide: bool = False) -> Any:
     """Loads an ONNX model into ONNX Runtime.
 
     Args:
         model: path of the .onnx file, or its bytes.
         threads: threads of one inference call; None: one per core.
+        wide: on x86 CPUs without VNNI add int8 products in 32 bits, not in 16 bits that saturate: slower there, and needed for
+            weights that are not `portable` (export.compress.quantize).
 
     Raises:
         UserError: not an ONNX model that this ONNX Runtime can load.
@@ -27,6 +29,7 @@ def session(model: Path | bytes, threads: int | None = None) -> Any:
     options.intra_op_num_threads = threads or os.cpu_count() or 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1" if wide else "0")
     try:
         source = model if isinstance(model, bytes) else str(model)
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -38,8 +41,8 @@ def session(model: Path | bytes, threads: int | None = None) -> Any:
 class OrtEngine:
     """A classifier loaded by ONNX Runtime; arguments and errors are those of `session`."""
 
-    def __init__(self, model: Path | bytes, threads: int | None = None) -> None:
-        self.session = session(model, threads)
+    def __init__(self, model: Path | bytes, threads: int | None = None, wide: bool = False) -> None:
+        self.session = session(model, threads, wide)
         self.inputs = [item.name for item in self.session.get_inputs()]
 
     def run(self, arrays: dict[str, np.ndarray]) -> np.ndarray:

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from engine.cpu import instructions
 from engine.errors import UserError, did_you_mean
 from engine.stage import hash_directory, versions
 from engine.tasks import ClassificationConfig
-from export.engines import Engine
+from export.engines import Engine, Weights
 from export.engines.ort import OrtEngine
 from export.serving.manifest import FORMAT, MANIFEST, UNLISTED, Manifest, check_files, read_file, read_manifest
 from export.serving.triton import write_repository
@@ -123,8 +124,9 @@ class Bundle:
         """Runs the golden inputs again: alone, in batches and padded.
 
         Returns:
-            {"name", "identity", "files", "bytes", "inputs": golden inputs, "measured": {"golden", "batch", "padding",
-            "reference": largest differences of a logit, "label_agreement"}, "tolerance": the manifest's bounds}.
+            {"name", "identity", "files", "bytes", "inputs": golden inputs, "instructions": {"export", "here": of the CPUs},
+            "measured": {"golden", "batch", "padding", "reference": largest differences of a logit, "label_agreement"},
+            "tolerance": the manifest's bounds}.
 
         Raises:
             UserError: a bound is broken.
@@ -140,11 +142,13 @@ class Bundle:
         limits = {"golden": bound.golden, "batch": bound.invariance, "padding": bound.invariance, "reference": bound.reference}
         for check, limit in limits.items():
             if not found[check] <= limit:
-                raise UserError(f"{self.directory}: {_MEANING[check]} by {found[check]:.4g}, more than {limit:.4g}: {_MEND}")
+                raise UserError(
+                    f"{self.directory}: {_MEANING[check]} by {found[check]:.4g}, more than {limit:.4g}: {self._mend()}"
+                )
         if not found["label_agreement"] >= bound.label_agreement:
             raise UserError(
                 f"{self.directory}: only {found['label_agreement']:.1%} of the golden inputs get the fp32 model's label, "
-                f"less than {bound.label_agreement:.1%}: {_MEND}"
+                f"less than {bound.label_agreement:.1%}: {self._mend()}"
             )
         return {
             "name": self.manifest.name,
@@ -152,9 +156,15 @@ class Bundle:
             "files": len(self.manifest.files),
             "bytes": sum(entry.bytes for entry in self.manifest.files.values()),
             "inputs": len(rows),
+            "instructions": {"export": self.manifest.instructions, "here": instructions()},
             "measured": found,
             "tolerance": bound.model_dump(),
         }
+
+    def _mend(self) -> str:
+        there, here = (", ".join(found) or "unknown instructions" for found in (self.manifest.instructions, instructions()))
+        other = f" (exported on a CPU with {there}; this one has {here})" if there != here else ""
+        return f"this machine computes something else{other}: install the versions in manifest.json or export the bundle here"
 
     def _one_by_one(self, rows: list[Row]) -> np.ndarray:
         return np.concatenate([self.engine.run(self.encode([row])) for row in rows])
@@ -195,7 +205,6 @@ _MEANING = {
     "reference": "the engine differs from the fp32 model that it came from",
 }
 _AGAIN = "export the bundle anew"
-_MEND = "this machine's runtime computes something else; install the versions in manifest.json or export the bundle here"
 
 
 def softmax(logits_BC: np.ndarray) -> np.ndarray:
@@ -214,6 +223,7 @@ def write_bundle(
     max_batch: int,
     tokenizer: Path,
     engines: dict[str, Path],
+    weights: Weights | None = None,
     golden: list[Row],
     parity: dict[str, Any],
     benchmark: dict[str, Any],
@@ -227,6 +237,7 @@ def write_bundle(
         labels: class names in the order of the logits.
         tokenizer: directory with the tokenizer.json and tokenizer_config.json of the model.
         engines: {"onnxruntime": .onnx file, "tensorrt": plan, "tensorrt_rtx": engine}; the first is required.
+        weights: form of the engines' int8 weights; None: they compute with floats.
         golden: rows {"text" (and "text_pair"), "reference": logits of the fp32 model}.
         tolerance: bounds that replace those of `default_tolerance`.
 
@@ -240,7 +251,7 @@ def write_bundle(
     from export.engines.graph import weight_bytes
 
     _write_tokenizer(directory / TOKENIZER, tokenizer, max_length)
-    engine = OrtEngine(engines["onnxruntime"])
+    engine = OrtEngine(engines["onnxruntime"], wide=weights == "8bit")
     files = _write_engines(directory, name, labels, engine.inputs, task.text_pair is not None, max_batch, engines)
     manifest = {
         "format": FORMAT,
@@ -251,10 +262,11 @@ def write_bundle(
         "max_batch": max_batch,
         "inputs": engine.inputs,
         "weight_bytes": weight_bytes(engines["onnxruntime"]),
-        "engines": {runtime: {"file": file} for runtime, file in files.items()},
+        "engines": {runtime: {"file": file, "weights": weights} for runtime, file in files.items()},
         "parity": parity,
         "benchmark": benchmark,
         "versions": versions(),
+        "instructions": instructions(),
         "provenance": provenance,
     }
     draft = Manifest.model_validate({**manifest, "tolerance": _NO_BOUND, "files": hash_directory(directory)})
@@ -352,7 +364,7 @@ def _load_engine(directory: Path, manifest: Manifest, name: str, threads: int | 
         raise UserError(f"{directory}: the bundle has no engine '{name}'{did_you_mean(name, list(manifest.engines))}")
     file = manifest.engines[name].file
     if name == "onnxruntime":
-        return OrtEngine(read_file(directory, manifest, file), threads)
+        return OrtEngine(read_file(directory, manifest, file), threads, wide=manifest.engines[name].weights == "8bit")
     from export.engines.trt import TrtEngine
 
     return TrtEngine(directory / file, name)

@@ -15,8 +15,9 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from engine.config import Strict
 from engine.errors import UserError
 from engine.stage import STAGE_FILE, sha256
+from export.engines import Weights
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 UNLISTED = frozenset({MANIFEST, STAGE_FILE})
 """Files of a bundle that its manifest does not list: itself, and the record of the stage that made it."""
@@ -47,6 +48,8 @@ class EngineEntry(Strict):
     """One engine of the bundle."""
 
     file: InnerPath
+    weights: Weights | None = None
+    """Form of its int8 weights; None: it computes with floats."""
 
 
 class BundleTask(Strict):
@@ -73,7 +76,7 @@ class Tolerance(Strict):
 class Manifest(Strict):
     """manifest.json."""
 
-    format: Literal[1]
+    format: Literal[2]
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     task: BundleTask
     labels: list[str] = Field(min_length=2)
@@ -87,6 +90,8 @@ class Manifest(Strict):
     parity: dict[str, Any]
     benchmark: dict[str, Any]
     versions: dict[str, str]
+    instructions: list[str]
+    """Vector instructions of the CPU that the golden outputs and the benchmark were made on, see engine.cpu."""
     provenance: dict[str, Any]
     tolerance: Tolerance
     files: dict[InnerPath, FileEntry]

@@ -26,7 +26,7 @@ def write_stage(run: Path, name: str, kind: str, reads: dict[str, str] | None = 
         "inputs": inputs,
         "fingerprint": digest(name),
         "versions": VERSIONS,
-        "machine": {"cpu_count": 2, "platform": "Linux-6.1-x86_64"},
+        "machine": {"cpu_count": 2, "platform": "Linux-6.1-x86_64", "instructions": ["AVX2", "VNNI"]},
         "finished": f"2026-11-20T10:{order:02d}:00Z",
         "peak_memory_bytes": 1_400_000_000 + order * 10_000_000,
         **facts,

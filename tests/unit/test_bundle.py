@@ -2,17 +2,23 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from engine.errors import UserError
 from engine.tasks import ClassificationConfig
+from engine.tasks.classification import Classification
+from export.compress.quantize import activation_ranges, quantize_embeddings, quantize_matmuls
 from export.serving.bundle import Bundle, default_tolerance, verify_bundle
 from tests.unit.bundles import BATCH, LABELS, LENGTH, TEXTS, copy_bundle, make_bundle, relist, shared_bundle, torch_model
+from tests.unit.emulated import run_emulated
+from tests.unit.models import tiny_tokenizer
 
 FILES = [
     "golden.jsonl",
@@ -130,10 +136,10 @@ def test_an_engine_file_must_be_listed(copy):
     refused(copy, "model.plan' is not among files")
 
 
-@pytest.mark.parametrize("version", [2, "1", None, True])
+@pytest.mark.parametrize("version", [1, "2", None, True])
 def test_another_format_is_refused(copy, version):
     edit_manifest(copy, lambda manifest: manifest.update(format=version))
-    refused(copy, "this version reads format 1")
+    refused(copy, "this version reads format 2")
 
 
 @pytest.mark.parametrize(
@@ -216,6 +222,34 @@ def test_logits_that_depend_on_the_batch_or_on_padding_are_refused(bundle):
     opened.engine = DependsOnTheBatch(engine, lambda mask: mask.shape[1] == LENGTH)
     with pytest.raises(UserError, match=r"change with padding by 0\.1"):
         opened.verify()
+
+
+def test_a_broken_bound_names_the_cpu_that_the_bundle_was_exported_on(bundle, monkeypatch):
+    opened = Bundle.open(bundle)
+    opened.engine = DependsOnTheBatch(opened.engine, lambda mask: True)
+    with pytest.raises(UserError) as same:
+        opened.verify()
+    assert "this one has" not in str(same.value)
+    monkeypatch.setattr("export.serving.bundle.instructions", lambda: ["AVX1"])
+    with pytest.raises(UserError, match=r"exported on a CPU with .*; this one has AVX1\): install"):
+        opened.verify()
+
+
+@pytest.mark.parametrize("weights", ["portable", "8bit"])
+def test_an_int8_bundle_passes_its_golden_checks_on_a_cpu_without_vnni(bundle, tmp_path, weights):
+    work = tmp_path / "work"
+    shutil.copytree(bundle.parent / "work", work)
+    model = onnx.load(work / "model.onnx")
+    config = ClassificationConfig(type="classification")
+    task = Classification(config, LABELS, tiny_tokenizer(work / "tokenizer"), LENGTH)
+    examples = task.encode([{"text": text, "label": LABELS[0]} for text in TEXTS])
+    quantize_matmuls(model, activation_ranges(model, task, examples), weights)
+    quantize_embeddings(model)
+    onnx.save(model, work / "model.onnx")
+    here = make_bundle(tmp_path / "int8", work, weights=weights)["measured"]
+    code = "import json, sys; from export.serving.bundle import verify_bundle; print(json.dumps(verify_bundle(sys.argv[1])))"
+    there = json.loads(run_emulated("-c", code, tmp_path / "int8"))["measured"]
+    assert here["golden"] == 0 and there["golden"] < 0.2 * here["reference"]
 
 
 def test_verifying_measures_nothing_on_the_machine_that_exported(bundle):

@@ -173,6 +173,14 @@ def test_a_bundle_with_one_flipped_byte_is_refused(bundle, tmp_path, call, comma
     assert out == ""
 
 
+def test_verify_says_when_the_bundle_was_exported_on_another_class_of_cpu(bundle, call, monkeypatch):
+    assert "exported on" not in call("verify", bundle)[1]
+    monkeypatch.setattr("export.serving.bundle.instructions", lambda: ["AVX1"])
+    out = call("verify", bundle)[1]
+    assert "exported on a CPU with " in out and "this one has AVX1" in out
+    assert json.loads(call("verify", bundle, "--json")[1])["instructions"]["here"] == ["AVX1"]
+
+
 def test_verify_accepts_only_the_identity_that_was_asked_for(bundle, call):
     identity = json.loads(call("verify", bundle, "--json")[1])["identity"]
     assert call("verify", bundle, "--sha256", identity)[0] == 0
@@ -288,9 +296,18 @@ def test_the_doctor_examines_everything_for_machines_and_people(call):
     status, out, err = call("doctor", "--json")
     findings = {finding["name"]: finding for finding in json.loads(out)}
     assert (status, err) == (0, "")
-    assert {"Python", "torch", "GPUs", "bf16 training", "ONNX Runtime", "fast int8", "serving", "Slurm", "loopback"} <= set(
-        findings
-    )
+    assert {
+        "Python",
+        "torch",
+        "GPUs",
+        "vector instructions",
+        "bf16 training",
+        "ONNX Runtime",
+        "fast int8",
+        "serving",
+        "Slurm",
+        "loopback",
+    } <= set(findings)
     assert findings["loopback"]["works"]
     status, out, _ = call("doctor")
     assert status == 0

@@ -11,7 +11,7 @@ from engine.models.structure import shrink
 from engine.tasks import ClassificationConfig
 from engine.tasks.classification import Classification
 from export.benchmark import Candidate, measure, summary
-from export.compress.quantize import activation_ranges, quantize_embeddings, quantize_matmuls, tensorrt_form
+from export.compress.quantize import activation_ranges, quantize_embeddings, quantize_matmuls, quantize_weight, tensorrt_form
 from export.engines.graph import export_onnx, initializers, merge_projections, weight_bytes, weight_matmuls
 from export.engines.ort import OrtEngine
 from export.engines.parity import ParityGates, check_parity, engine_logits
@@ -19,6 +19,8 @@ from tests.recipes import ragged_rows
 from tests.unit.models import tiny_classifier, tiny_tokenizer
 
 INPUTS = ["input_ids", "attention_mask", "token_type_ids"]
+LOUD = 63
+"""A token that no row holds."""
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +133,8 @@ def test_weights_are_rounded_by_at_most_half_a_step_per_channel(merged, quantize
     for node, weight in weight_matmuls(merged):
         values, scale = (onnx.numpy_helper.to_array(constants[f"{node.input[1]}_{kind}"]) for kind in ("int8", "scale"))
         assert np.abs(values * scale - weight).max(axis=0) == pytest.approx(0, abs=float(scale.max() / 2) + 1e-7)
-        assert (np.abs(values).max(axis=0) == 127).all(), "the whole range is used"
+        full, _ = quantize_weight(weight, "8bit")
+        assert (np.abs(full).max(axis=0) == 127).all(), "the whole range is used"
 
 
 def test_the_form_for_tensorrt_computes_the_same(quantized, task, examples):
@@ -140,6 +143,28 @@ def test_the_form_for_tensorrt_computes_the_same(quantized, task, examples):
     np.testing.assert_allclose(run(changed, task, examples), run(quantized, task, examples), atol=1e-6)
     gathers = [node for node in changed.graph.node if node.op_type == "Gather"]
     assert not any(initializers(changed).get(n.input[0], onnx.TensorProto()).data_type == TensorProto.INT8 for n in gathers)
+
+
+def test_calibration_never_looks_at_padding(merged, task, examples):
+    ordinary = activation_ranges(merged, task, examples)
+
+    class Loud:
+        """Gives padding an embedding that is louder than all others."""
+
+        inputs = task.inputs
+
+        def collate(self, rows):
+            batch = task.collate(rows)
+            batch["input_ids"][batch["attention_mask"] == 0] = LOUD
+            return batch
+
+    loud = onnx.ModelProto()
+    loud.CopyFrom(merged)
+    (table,) = [tensor for tensor in loud.graph.initializer if "word_embeddings" in tensor.name]
+    values = onnx.numpy_helper.to_array(table).copy()
+    values[LOUD] = 100 * np.sign(values[LOUD])
+    table.CopyFrom(onnx.numpy_helper.from_array(values, table.name))
+    assert activation_ranges(loud, Loud(), examples) == ordinary
 
 
 def test_calibration_sees_the_largest_activation_of_all_rows(merged, task, examples):

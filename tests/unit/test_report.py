@@ -73,6 +73,7 @@ def test_the_page_shows_the_verdict_every_stage_and_the_bundle(page, demo):
         assert f"<b>{stage['name']}</b>" in page
     assert re.search(r"manifest.json SHA-256 <code[^>]*>[0-9a-f]{64}<", page)
     assert page.count("<figure") == 5 + 6
+    assert "2 CPUs with AVX2, VNNI" in page
 
 
 def test_the_page_needs_nothing_from_elsewhere(page):
