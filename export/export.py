@@ -13,7 +13,7 @@ from engine.config import ModelRef, Strict
 from engine.cpu import instructions
 from engine.data.sources import Row
 from engine.data.splits import DataConfig
-from engine.stage import Stage, lineage, stage_main
+from engine.stage import Stage, lineage, read_stage, stage_main
 from engine.tasks import ClassificationConfig
 from export.engines import Weights
 from export.engines.parity import ParityGates
@@ -74,8 +74,9 @@ def find_source(stage: Stage[ExportConfig], path: Path | str, inputs: list[str])
     from export.compress.quantize import MODEL_FILE
     from export.engines.graph import export_onnx, merge_projections
 
-    if isinstance(path, Path) and (path / MODEL_FILE).exists():
-        record = lineage(path)[path]
+    record = read_stage(path) if isinstance(path, Path) else None
+    # A model.onnx of somebody else may lie beside weights: only our own record says that it is their int8 graph.
+    if isinstance(path, Path) and record is not None and record["kind"] == "quantize":
         before = record["inputs"]["model"]["reference"]
         beside = path.parent / before
         reference = beside if beside.is_dir() else stage.recipe.find_model(before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,11 @@ from engine.config import ModelRef, Recipe, references
 from engine.data.batches import accumulation_steps
 from engine.data.sources import SourceConfig, read_rows
 from engine.errors import UserError
-from engine.models import positions_of, require_weights
+from engine.models import positions_of
+from engine.models.facts import ModelFiles
 from engine.stage import Stage
 from engine.zero import read_zero_config, zero_config_of
+from launch.check_models import check_models
 from launch.local import process_count
 from launch.nodes.place import Place
 from launch.recipe import KINDS
@@ -36,7 +37,7 @@ def check_recipe(recipe: Recipe, stages: list[Stage[Any]], place: Place | None =
     said: dict[str, str] = {}
     looked_at: set[str] = set()
     for stage in stages:
-        _check_files(stage)
+        notes = check_models(stage)
         for source, columns in _sources(stage.config):
             question = repr((source, columns))
             if question not in looked_at:
@@ -44,44 +45,9 @@ def check_recipe(recipe: Recipe, stages: list[Stage[Any]], place: Place | None =
                 for _ in read_rows(source, recipe, columns, lines=FIRST_LINES):
                     pass
         _check_length(recipe, stage)
-        said[stage.name] = _training(stage, place) if KINDS[stage.kind].trains else f"reads {', '.join(_read(stage))}"
+        does = _training(stage, place) if KINDS[stage.kind].trains else f"reads {', '.join(_read(stage))}"
+        said[stage.name] = "; ".join([does, *notes])
     return said
-
-
-def _check_files(stage: Stage[Any]) -> None:
-    for key, reference in references(stage.config):
-        where = f"stages.{stage.name}.{stage.kind}.{key}"
-        path = stage.recipe.find(reference, where)
-        if not isinstance(reference, ModelRef) or reference in stage.recipe.stages or not isinstance(path, Path):
-            continue
-        try:
-            _check_model(path, stage, key)
-        except UserError as error:
-            raise stage.recipe.error(where, str(error)) from None
-
-
-def _check_model(path: Path, stage: Stage[Any], key: str) -> None:
-    if key == "tokenizer.model":
-        if not (path / "tokenizer.json").is_file() and not (path / "vocab.txt").is_file():
-            raise UserError(f"{path}: no tokenizer in it (tokenizer.json)")
-        return
-    architectures = _model_config(path).get("architectures") or []
-    if stage.kind != "finetune" and not any("ForSequenceClassification" in name for name in architectures):
-        raise UserError(
-            f"{path}: no classifier (its architecture is {', '.join(architectures) or 'unknown'}): fine-tune it first"
-        )
-    if getattr(stage.config, "initialize", "pretrained") == "pretrained":
-        require_weights(path)
-
-
-def _model_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'config.json'}: cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path / 'config.json'}: not the configuration of a model")
-    return config
 
 
 def _sources(config: Any) -> list[tuple[SourceConfig, list[str]]]:
@@ -107,7 +73,7 @@ def _positions(recipe: Recipe, reference: ModelRef) -> int | None:
     """Returns how many tokens a model takes, through the stages that lead to it; None when that is not known yet."""
     if reference not in recipe.stages:
         path = recipe.find_model(reference)
-        return positions_of(_model_config(path)) if isinstance(path, Path) else None
+        return positions_of(ModelFiles(path).config) if isinstance(path, Path) else None
     kind = recipe.stages[reference][0]
     config: Any = recipe.section(reference, KINDS[kind].config)
     if kind == "pretrain":

@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 
 from engine.config import Strict
 from engine.errors import UserError
+from engine.models.facts import ModelFiles
+from engine.models.weights import read_headers, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -121,6 +123,10 @@ def load_model(
     """
     import torch
 
+    if isinstance(model, Path):
+        ModelFiles(model).refuse_quantizer()
+        if not random:
+            read_headers(model)  # damaged weights are named before anything heavy begins
     config = read_config(model)
     config.dtype = torch.float32  # whatever the weights were saved in: training keeps fp32 weights
     attention = attention or default_attention()
@@ -139,29 +145,17 @@ def load_model(
             if not random:
                 _load_weights(built, Path(model))
             return built
-        if isinstance(model, Path):
-            require_weights(model)
         return auto.from_pretrained(model, config=config, attn_implementation=attention, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model '{model}' cannot be loaded: {reason}") from None
 
 
-def require_weights(directory: Path) -> None:
-    """Raises UserError unless `directory` holds safetensors weights."""
-    if (directory / "model.safetensors").is_file() or (directory / "model.safetensors.index.json").is_file():
-        return
-    pickles = sorted(path.name for path in directory.glob("*.bin"))
-    if pickles:
-        raise UserError(f"{directory}: only pickled weights ({pickles[0]}), which can run code: convert them to safetensors")
-    raise UserError(f"{directory}: a model directory without weights (no model.safetensors)")
-
-
 def _load_weights(model: PreTrainedModel, directory: Path) -> None:
     from safetensors.torch import load_file
 
-    require_weights(directory)
-    missing, unexpected = model.load_state_dict(load_file(directory / "model.safetensors"), strict=False)
+    weights = {name: tensor for path in weight_files(directory) for name, tensor in load_file(path).items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     missing = [key for key in missing if key not in tied]
     if missing or unexpected:

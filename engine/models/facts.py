@@ -1,0 +1,114 @@
+"""What a model directory says of itself in its files, without torch: configuration, classes, vocabulary, padding."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+from engine.models.weights import TensorHeader, read_headers, refuse_pointer
+
+_UNNAMED = re.compile(r"LABEL_\d+")
+_EMBEDDING = re.compile(r"(^|\.)(word_embeddings?|embed_tokens|tok_embeddings|wte|shared)\.weight$")
+_HEAD = re.compile(r"^(classifier(\.out_proj)?|classification_head\.out_proj|score|logits_proj)\.weight$")
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json")
+"""Files from which a fast tokenizer is read as they are."""
+SENTENCEPIECE = ("spm.model", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+"""Files from which transformers makes one, with the package sentencepiece."""
+
+
+def read_json(path: Path) -> Any:
+    """Returns a JSON file of a model directory, None when there is none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    refuse_pointer(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def class_names(config: dict[str, Any]) -> list[str] | None:
+    """Returns the classes of a classifier in the order of its scores, from its configuration; None when it is no classifier.
+
+    `LABEL_0`, `LABEL_1`, … are returned as they stand; see `named`.
+    """
+    if not any("ForSequenceClassification" in str(name) for name in config.get("architectures") or []):
+        return None
+    names = config.get("id2label")
+    if not isinstance(names, dict) or not names:  # what transformers leaves out of the file
+        return [f"LABEL_{index}" for index in range(int(config.get("num_labels", 2)))]
+    return [str(names[key]) for key in sorted(names, key=int)]
+
+
+def named(classes: list[str]) -> bool:
+    """Says whether classes have names: `LABEL_0`, … is what transformers writes where nobody gave any."""
+    return not all(_UNNAMED.fullmatch(name) for name in classes)
+
+
+class ModelFiles:
+    """A model directory.
+
+    Raises:
+        UserError: from every property, when the file that it reads is damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        path = self.directory / "config.json"
+        config = read_json(path)
+        if not isinstance(config, dict):
+            raise UserError(f"{path}: not the configuration of a model")
+        return config
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, TensorHeader]:
+        """Name, dtype and shape of every weight."""
+        return read_headers(self.directory)
+
+    @functools.cached_property
+    def vocabulary(self) -> int | None:
+        """The largest token id of the tokenizer, plus 1; None when its files do not tell."""
+        ids = [-1]
+        tokenizer = read_json(self.directory / "tokenizer.json")
+        if isinstance(tokenizer, dict):
+            vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+            ids += vocabulary.values() if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+            ids += [token["id"] for token in tokenizer.get("added_tokens") or []]
+        elif (self.directory / "vocab.txt").is_file():
+            ids += [len((self.directory / "vocab.txt").read_text(encoding="utf-8").splitlines()) - 1]
+            ids += (read_json(self.directory / "added_tokens.json") or {}).values()
+        return max(ids) + 1 or None
+
+    @functools.cached_property
+    def embedding_rows(self) -> int | None:
+        """Token ids that the weights have an embedding for; None when no tensor bears a known name."""
+        rows = [tensor.shape[0] for name, tensor in self.tensors.items() if _EMBEDDING.search(name) and len(tensor.shape) == 2]
+        return max(rows, default=None)
+
+    @functools.cached_property
+    def head_rows(self) -> int | None:
+        """Classes that the weights have scores for; None when no tensor bears a known name."""
+        rows = [tensor.shape[0] for name, tensor in self.tensors.items() if _HEAD.search(name) and len(tensor.shape) == 2]
+        return max(rows, default=None)
+
+    def refuse_quantizer(self) -> None:
+        """Raises UserError when config.json asks for weights that a quantizer made: they can be neither trained nor exported."""
+        asked = self.config.get("quantization_config")
+        if asked:
+            method = asked.get("quant_method", "unknown method") if isinstance(asked, dict) else asked
+            raise UserError(
+                f"{self.directory / 'config.json'}: quantization_config ({method}): its weights are already quantized and cannot "
+                "be trained or exported: use the original model; a quantize stage makes it int8"
+            )
