@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import sys
 
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from benchmarks.figures import HERE, ROOT, Figure, Target, number, read_results, read_targets, rows, span, verdict
 from engine.errors import USER_ERROR, UserError, did_you_mean
+from engine.terminal import ReaderGone, printing
 
 START, END = "<!-- demo-table -->", "<!-- /demo-table -->"
 STYLES = {"met": "green", "missed": "bold red", "measured": "", "not measured": "dim"}
@@ -131,4 +133,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(ReaderGone), printing():
+        main()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import USER_ERROR, UserError
+from engine.terminal import printing
 from export.report import Run, judged, read_run, write_report
 
 QUESTION = "a warm , funny and beautifully acted film that stays with you"
@@ -156,4 +157,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with printing(outlive_reader=True):
+        main()

@@ -22,6 +22,7 @@ from typing import Any
 
 from engine import heartbeat
 from engine.errors import PREEMPTED, USER_ERROR, UserError, disk_full
+from engine.terminal import printing
 
 ERROR_DIRECTORY = heartbeat.DIRECTORY
 """Environment variable: where the ranks of a stage leave their records."""
@@ -105,7 +106,8 @@ def run_rank(work: Callable[[], None], where: str) -> None:
     status, message, collective = 0, "", False
     try:
         try:
-            work()
+            with printing(outlive_reader=True):
+                work()
         finally:
             _on_request(signal.SIG_IGN)  # the outcome is known: a request to stop that comes late must not replace it
     except SystemExit as stop:

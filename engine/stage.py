@@ -118,7 +118,7 @@ def read_stage(directory: Path) -> dict[str, Any] | None:
     """Returns the stage.json of a finished stage, or None when the stage has not finished."""
     path = directory / STAGE_FILE
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         missing = {"stage", "kind", "fingerprint", "files"} - set(record)
     except FileNotFoundError:
         return None
@@ -258,7 +258,7 @@ class Stage(Generic[Section]):
             **facts,
             "files": hash_directory(self.output),
         }
-        (self.output / STAGE_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        (self.output / STAGE_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         publish(self.output, self.directory)
         shutil.rmtree(self.partial, ignore_errors=True)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +17,13 @@ import typer
 
 import engine
 from engine.errors import USER_ERROR, UserError, disk_full
+from engine.terminal import ReaderGone, printing
 from launch import cli_cluster as cluster
 from launch.nodes.place import HEARTBEAT_LIMIT, PORT
 from launch.slurm import MAX_REQUEUES, SIGNAL_BEFORE
+
+READER_GONE = 128 + signal.SIGPIPE
+"""Exit status of a command whose reader has left, as of one that dies of SIGPIPE: `bothways predict … | head -1`."""
 
 app = typer.Typer(
     name="bothways",
@@ -360,7 +364,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point of `bothways`: a mistake that the user can mend is one line on stderr and exit status 2."""
     usage_error: Any = typer.BadParameter.__bases__[0]  # click's, wherever typer keeps it
     try:
-        sys.exit(app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False))
+        with printing():
+            status = app(arguments or sys.argv[1:] or ["--help"], standalone_mode=False)
+        sys.exit(status)
     except UserError as error:
         _fail(str(error), USER_ERROR)
     except usage_error as error:
@@ -368,10 +374,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(f"{error.format_message()} (see `{context.command_path if context else 'bothways'} --help`)", USER_ERROR)
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
-    except BrokenPipeError:
-        # The reader is gone; Python would complain once more when it flushes at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except ReaderGone:
+        sys.exit(READER_GONE)
     except OSError as error:
         if disk_full(error):
             _fail(f"disk full while writing {error.filename or 'a file'}: free some space and run again", USER_ERROR)

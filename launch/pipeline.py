@@ -136,7 +136,7 @@ def _failure_kept(stage: Stage[Any]) -> Iterator[None]:
         yield
     except (UserError, StageError) as error:
         with contextlib.suppress(OSError):  # nothing to go on from, or no space
-            note.write_text(f"{error}\n")
+            note.write_text(f"{error}\n", encoding="utf-8")
         raise
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import itertools
 import json
 import sys
@@ -12,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from engine.data.sources import parse_file
 from engine.errors import UserError
+from engine.terminal import speaks_unicode
 
 if TYPE_CHECKING:
     from export.serving.bundle import Bundle
@@ -61,13 +64,27 @@ def predict(bundle: Bundle, texts: list[str], source: Path | None, target: Path 
     with _output(target) as file, _progress(total) as advance:
         while chunk := list(itertools.islice(rows, size)):
             for row, prediction in zip(chunk, bundle.predict(chunk), strict=True):
-                print(_line(bundle, row, prediction, as_json or target is not None), file=file)
+                print(_line(bundle, row, prediction, as_json or target is not None, speaks_unicode(file)), file=file)
             file.flush()
             advance(len(chunk))
 
 
 def _lines(stream: IO[str]) -> Iterator[str]:
-    return (line.strip() for line in stream if line.strip())
+    """Yields the texts of a stream, one a line, in its own encoding; where that is ASCII, in UTF-8, which contains it.
+
+    Raises:
+        UserError: bytes that are no text in it.
+    """
+    if isinstance(stream, io.TextIOWrapper):
+        name = codecs.lookup(stream.encoding).name
+        stream.reconfigure(encoding="utf-8" if name == "ascii" else name, errors="strict")
+    try:
+        yield from (line.strip() for line in stream if line.strip())
+    except UnicodeDecodeError as error:
+        encoding = error.encoding.upper()
+        raise UserError(
+            f"standard input: not valid {encoding} ({error.reason}): convert it to {encoding}, as with iconv"
+        ) from None
 
 
 def _checked(bundle: Bundle, source: Path | None) -> Iterator[Row]:
@@ -83,9 +100,9 @@ def _checked(bundle: Bundle, source: Path | None) -> Iterator[Row]:
         yield row
 
 
-def _line(bundle: Bundle, row: Row, prediction: dict[str, Any], as_json: bool) -> str:
+def _line(bundle: Bundle, row: Row, prediction: dict[str, Any], as_json: bool, unicode: bool) -> str:
     if as_json:
-        return json.dumps({"input": row, **prediction}, ensure_ascii=False)
+        return json.dumps({"input": row, **prediction}, ensure_ascii=not unicode)
     text = row.get(bundle.manifest.task.text, row.get("text"))
     return f"{prediction['label']}\t{prediction['score']:.4f}\t{text}"
 

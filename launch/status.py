@@ -111,7 +111,7 @@ def _status(run: Path, name: str, job: jobs.Job | None, here: LocalRun | None) -
     reason = partial / FAILURE
     step, total, _, _ = _progress(partial)
     if reason.exists():
-        return StageStatus(name, "failed", reason.read_text().strip(), None, step, total)
+        return StageStatus(name, "failed", reason.read_text(encoding="utf-8").strip(), None, step, total)
     return StageStatus(name, "stopped", "run it again to go on", None, step, total)
 
 

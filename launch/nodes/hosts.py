@@ -6,6 +6,7 @@ nodes behind any remote shell, and no node goes on when the host that controls t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from typing import IO, Any
 
 from engine.errors import PREEMPTED, UserError
 from engine.stage import Stage
+from engine.terminal import ReaderGone
 from launch import local
 from launch.nodes.place import Place, node_command, shown
 from launch.ranks import POLL, Requests
@@ -136,8 +138,9 @@ class _Node:
             thread.start()
 
     def _show(self, source: IO[str], target: IO[str]) -> None:
-        for line in source:
-            print(f"{self.host}: {line}", end="", file=target, flush=True)
+        with contextlib.suppress(ReaderGone):
+            for line in source:
+                print(f"{self.host}: {line}", end="", file=target, flush=True)
 
     def stop(self) -> None:
         """Asks it to stop."""

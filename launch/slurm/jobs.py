@@ -306,12 +306,12 @@ def show_log(run: Path, stage: str | None, rank: int | None, follow: bool) -> No
         UserError: there is none.
     """
     job, path = _find_log(run, stage, rank)
-    with path.open("rb") as file:
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
         while True:
             # Asked before reading: what is written meanwhile is read in the next round.
             over = not follow or job.state().over
             while chunk := file.read(TAIL_BYTES):
-                sys.stdout.buffer.write(chunk)
+                sys.stdout.write(chunk)
             sys.stdout.flush()
             if over:
                 return

@@ -170,7 +170,7 @@ def _record(submission: Submission, stage: Stage[Any], text: str, number: str, c
     for index, task in enumerate(batch.tasks):
         directory = task.run / JOBS / (f"{number}_{index}" if batch.array else number)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"{stage.name}.sbatch").write_text(text)
+        (directory / f"{stage.name}.sbatch").write_text(text, encoding="utf-8")
         part = directory / "job.tmp"
         part.write_text(json.dumps({**facts, "settings": task.settings}, indent=1) + "\n")
         part.rename(directory / JOB_FILE)
