@@ -6,6 +6,7 @@ reads it; this module knows none of them. What a stage does not say it takes fro
 
 from __future__ import annotations
 
+import glob
 import importlib.util
 import json
 import re
@@ -19,6 +20,7 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from engine.errors import UserError, did_you_mean
 from engine.inheritance import INHERITED, Inheritance, inherit
+from engine.recipe_yaml import AS_WRITTEN, RecipeLoader, key_lines
 from engine.zero import find_zero_config
 
 
@@ -52,6 +54,12 @@ Fraction = Annotated[float, BeforeValidator(_fraction), Field(ge=0.0, le=1.0)]
 """A share between 0 and 1; `6%` and `0.06` are the same."""
 
 
+HUB = "hub:"
+"""Begins the name of a data set of the Hugging Face hub."""
+SAVED_DATA = ("dataset_dict.json", "state.json")
+"""A directory that holds one of these is a data set, as `datasets` saves it."""
+
+
 class _Reference(str):
     """A string that names something outside the recipe."""
 
@@ -65,7 +73,10 @@ class ModelRef(_Reference):
 
 
 class FileRef(_Reference):
-    """A file: a path (relative to the recipe) or `package:NAME/path`."""
+    """A file, or several by a pattern (`*`, `?`, `[…]`, `**`): a path relative to the recipe, or `package:NAME/path`.
+
+    `hub:OWNER/NAME` is a data set of the Hugging Face hub.
+    """
 
 
 class ZeroRef(_Reference):
@@ -82,6 +93,9 @@ def references(config: Any, where: str = "") -> Iterator[tuple[str, _Reference]]
     elif isinstance(config, (list, tuple)):
         for index, item in enumerate(config):
             yield from references(item, f"{where}[{index}]")
+    elif isinstance(config, dict):
+        for key, item in config.items():
+            yield from references(item, f"{where}.{key}")
 
 
 def package_path(reference: str) -> Path:
@@ -206,8 +220,8 @@ class Recipe:
         except (OSError, ValueError, KeyError, TypeError, UserError):
             return None  # whether it is a model at all is seen when it is looked for
 
-    def find(self, reference: _Reference, key: str) -> Path | str:
-        """Returns what `reference` names: a path, or the hub id of a model unchanged.
+    def find(self, reference: _Reference, key: str) -> Path | str | list[Path]:
+        """Returns what `reference` names: a path, the paths of a pattern, or a hub id unchanged.
 
         Args:
             reference: a validated reference.
@@ -219,7 +233,7 @@ class Recipe:
         try:
             if isinstance(reference, ZeroRef):
                 return self.find_zero(reference)
-            return self.find_model(reference) if isinstance(reference, ModelRef) else self.find_file(reference)
+            return self.find_model(reference) if isinstance(reference, ModelRef) else self.find_data(reference)
         except UserError as error:
             raise self.error(key, f"{error}{self._inherited_from(key)}") from None
 
@@ -231,15 +245,31 @@ class Recipe:
         return f" ('{parts[3]}' is inherited from {origin})" if origin else ""
 
     def find_file(self, reference: str) -> Path:
-        """Returns the existing file that a FileRef names; relative paths start at the recipe's directory.
+        """Returns the one existing file that a FileRef names; raises UserError when there is none, or several."""
+        found = self.find_data(reference)
+        if not isinstance(found, Path) or found.is_dir():
+            raise UserError(f"{reference}: one file is needed here, by its path")
+        return found
+
+    def find_data(self, reference: str) -> Path | str | list[Path]:
+        """Returns what a FileRef names: one path, the sorted paths of a pattern, or a name on the hub unchanged.
+
+        Relative paths start at the recipe's directory. A directory is one that `datasets` has saved.
 
         Raises:
-            UserError: there is none.
+            UserError: there is no such file.
         """
+        if reference.startswith(HUB):
+            return str(reference)
         path = self._path(reference)
+        if not path.exists() and glob.has_magic(str(reference)):
+            found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+            if not found:
+                raise UserError(f"{path}: no file of that pattern (relative paths start at the recipe's directory)")
+            return found
         if not path.exists():
             raise UserError(f"{path}: no such file (relative paths start at the recipe's directory)")
-        if path.is_dir():
+        if path.is_dir() and not any((path / name).is_file() for name in SAVED_DATA):
             raise UserError(f"{path}: a directory where a file is needed")
         return path
 
@@ -279,34 +309,6 @@ class Recipe:
 Section = TypeVar("Section", bound=Strict)
 
 
-def _key_lines(node: yaml.Node | None, where: str = "") -> Iterator[tuple[str, int]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            path = f"{where}.{key.value}".lstrip(".")
-            yield path, key.start_mark.line + 1
-            yield from _key_lines(value, path)
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML whose keys are words and come once, in which `5e-5` is a number as in YAML 1.2, and a date is text."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"key '{key.value}' is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
-
-
-_Yaml.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: node.value)
-FLOAT = (re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
-"""Numbers of YAML 1.2 that PyYAML takes for text: (pattern, first characters)."""
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", *FLOAT)
-
-
 def load_recipe(path: str | Path, overrides: list[str] | None = None, runs: str | Path = "runs") -> Recipe:
     """Reads a recipe and applies `a.b=c` overrides (values are YAML).
 
@@ -321,8 +323,8 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, runs: str 
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     try:
-        lines = dict(_key_lines(yaml.compose(text, Loader=_Yaml)))
-        data = yaml.load(text, Loader=_Yaml)  # a SafeLoader
+        lines = dict(key_lines(yaml.compose(text, Loader=RecipeLoader)))
+        data = yaml.load(text, Loader=RecipeLoader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         raise UserError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem}") from None
@@ -358,6 +360,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
         target[part] = dict(inner)  # a YAML alias shares one mapping with what it stands for
         target = target[part]
     try:
-        target[parts[-1]] = yaml.load(text, Loader=_Yaml)
+        if parts[-1] in AS_WRITTEN:
+            target[parts[-1]] = yaml.load(f"{parts[-1]}: {text}", Loader=RecipeLoader)[parts[-1]]
+        else:
+            target[parts[-1]] = text if len(parts) > 1 and parts[-2] in AS_WRITTEN else yaml.load(text, Loader=RecipeLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"--set {override}: the value is not valid YAML") from None

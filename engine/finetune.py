@@ -56,7 +56,7 @@ def run(stage: Stage[FinetuneConfig]) -> None:
     from engine.tasks.classification import Classification
 
     started = time.monotonic()
-    rows = load_splits(config.data, stage.recipe, config.task.text, config.task.columns)
+    rows = load_splits(config.data, stage.recipe, config.task.text, config.task.columns, config.task.label_of)
     check_length(config.max_length, read_config(path), "max_length", path)
     task = Classification(
         config.task, Classification.find_labels(rows["train"], config.task), load_tokenizer(path), config.max_length
@@ -74,7 +74,8 @@ def run(stage: Stage[FinetuneConfig]) -> None:
     judge = Judge(lambda model, ranks: data.evaluate(model, "validation", ranks)[0], "accuracy", True, data.probe)
     save = saver(model, task.tokenizer)
     fit = Fit(processes, model, task.loss, batches, judge, save, stage.partial, stage.name, stage.seed)
-    fit.tracker.say(f"{processes.describe}; {data.describe}")
+    for note in [f"{processes.describe}; {data.describe}", *rows.notes]:
+        fit.tracker.say(note)
     state = fit.run()
     hand_over(stage, processes, data, state, fit.weights, started)
     processes.close()

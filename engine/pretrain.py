@@ -161,6 +161,7 @@ def rounded(vocabulary: int) -> int:
 
 def _tokenizer_directory(stage: Stage[PretrainConfig]) -> Path | str:
     """Returns where the tokenizer lies, learning it first when the recipe says so."""
+    from engine.data.cells import text_cell
     from engine.data.sources import read_rows
 
     config = stage.config.tokenizer
@@ -171,7 +172,7 @@ def _tokenizer_directory(stage: Stage[PretrainConfig]) -> Path | str:
     if not directory.exists():
         from engine.data.wordpiece import learn_wordpiece
 
-        rows = read_rows(stage.config.data.train, stage.recipe, [stage.config.text])
+        rows = read_rows(stage.config.data.train, stage.recipe, {stage.config.text: text_cell})
         texts = (str(row[stage.config.text]) for row in rows)
         learn_wordpiece(texts, config.train.vocab_size, config.train.lowercase, config.train.documents, directory)
     return directory
@@ -179,6 +180,7 @@ def _tokenizer_directory(stage: Stage[PretrainConfig]) -> Path | str:
 
 def _corpora(stage: Stage[PretrainConfig], tokenizer: Any) -> tuple[Corpus, Corpus]:
     """Returns the tokenized training and validation documents, from disk when they are there already."""
+    from engine.data.cells import text_cell
     from engine.data.corpus import Corpus, write_corpus
     from engine.data.splits import load_splits
 
@@ -186,7 +188,7 @@ def _corpora(stage: Stage[PretrainConfig], tokenizer: Any) -> tuple[Corpus, Corp
     if all(path.exists() for path in paths):
         return Corpus.open(paths[0]), Corpus.open(paths[1])
     text = stage.config.text
-    rows = load_splits(stage.config.data, stage.recipe, text, [text])
+    rows = load_splits(stage.config.data, stage.recipe, text, {text: text_cell})
     train, validation = (
         write_corpus((str(row[text]) for row in rows[name]), tokenizer.backend_tokenizer, path)
         for name, path in zip(("train", "validation"), paths, strict=True)

@@ -182,6 +182,8 @@ class Stage(Generic[Section]):
                 if finished is None:
                     raise UserError(f"{self.recipe.path}: stage '{self.name}' needs stage '{reference}', which has not finished")
                 entry["sha256"] = digest(finished["files"])
+            elif isinstance(path, list):
+                entry["sha256"] = digest([[file.name, sha256(file)] for file in path])
             elif isinstance(path, Path):
                 entry["sha256"] = digest(hash_directory(path)) if path.is_dir() else sha256(path)
         return found

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from engine.config import ModelRef, Strict
 from engine.cpu import instructions
-from engine.data.sources import Row
+from engine.data.readers import Row
 from engine.data.splits import DataConfig
 from engine.stage import Stage, lineage, read_stage, stage_main
 from engine.tasks import ClassificationConfig

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from engine.config import ModelRef, Recipe, references
 from engine.data.batches import accumulation_steps
-from engine.data.sources import SourceConfig, read_rows
+from engine.data.cells import Cell, text_cell
+from engine.data.sources import SourceConfig, SourceRows
 from engine.errors import UserError
 from engine.models import positions_of
 from engine.models.facts import ModelFiles
@@ -20,13 +22,18 @@ from launch.recipe import KINDS
 
 FIRST_LINES = 500
 """Lines of every data file that are read; the stage itself reads them all before it begins."""
+FEWEST_LINES = 20
+"""Of many files that are one source, these many lines of each at least."""
 
 
-def check_recipe(recipe: Recipe, stages: list[Stage[Any]], place: Place | None = None) -> dict[str, str]:
+def check_recipe(
+    recipe: Recipe, stages: list[Stage[Any]], place: Place | None = None, say: Callable[[str], None] = lambda text: None
+) -> dict[str, str]:
     """Looks at everything that the stages name.
 
     Args:
         place: of this node, when it is known where the stages run.
+        say: is told how every data file is laid out.
 
     Returns:
         {stage name: one line that says what the stage will do}.
@@ -36,27 +43,41 @@ def check_recipe(recipe: Recipe, stages: list[Stage[Any]], place: Place | None =
     """
     said: dict[str, str] = {}
     looked_at: set[str] = set()
+    told: set[str] = set()
     for stage in stages:
         notes = check_models(stage)
         for source, columns in _sources(stage.config):
             question = repr((source, columns))
             if question not in looked_at:
                 looked_at.add(question)
-                for _ in read_rows(source, recipe, columns, lines=FIRST_LINES):
-                    pass
+                for note in _check_rows(stage, source, columns):
+                    if note not in told:
+                        told.add(note)
+                        say(note)
         _check_length(recipe, stage)
         does = _training(stage, place) if KINDS[stage.kind].trains else f"reads {', '.join(_read(stage))}"
         said[stage.name] = "; ".join([does, *notes])
     return said
 
 
-def _sources(config: Any) -> list[tuple[SourceConfig, list[str]]]:
+def _sources(config: Any) -> list[tuple[SourceConfig, dict[str, Cell]]]:
     """Returns every file of rows with the columns that its rows must fill."""
-    columns = config.task.columns if hasattr(config, "task") else [config.text]
+    columns = config.task.columns if hasattr(config, "task") else {config.text: text_cell}
     sources = [(part, columns) for part in (config.data.train, config.data.validation, config.data.test)]
     transfer = getattr(config, "transfer", None)
-    sources += [(transfer, [transfer.text])] if transfer else []
+    sources += [(transfer, {transfer.text: text_cell})] if transfer else []
     return [(part, columns) for part, columns in sources if isinstance(part, SourceConfig)]
+
+
+def _check_rows(stage: Stage[Any], source: SourceConfig, columns: dict[str, Cell]) -> list[str]:
+    """Reads the first rows of a source; returns what is to be said about its files."""
+    rows = SourceRows(source, stage.recipe, columns, FIRST_LINES)
+    rows.lines = max(FEWEST_LINES, FIRST_LINES // len(rows.layouts))
+    found = list(rows)
+    task = getattr(stage.config, "task", None)
+    if task is not None and source is stage.config.data.train:
+        task.check_labels({row[task.label] for row in found}, rows.complete)
+    return rows.describe
 
 
 def _check_length(recipe: Recipe, stage: Stage[Any]) -> None:

@@ -176,12 +176,15 @@ def check(
 
     loaded = load_recipe(recipe, overrides, runs)
     stages = load_stages(loaded)
-    checked = check_recipe(loaded, stages)
+    notes: list[str] = []
+    checked = check_recipe(loaded, stages, say=notes.append)
     if show:
         from launch.show import show_recipe
 
         print(show_recipe(loaded, stages), end="")
         return
+    for note in notes:
+        print(f"data: {note}")
     for name, said in checked.items():
         print(f"{name}: {loaded.stages[name][0]}: {said}")
 
@@ -242,7 +245,7 @@ def plan(
 def predict(
     bundle: BundlePath,
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="Texts; none: lines of stdin.")] = [],  # noqa: B006
-    source: Annotated[Path | None, typer.Option("--input", metavar="FILE", help="Rows: .jsonl, .csv, .tsv, .txt (.gz).")] = None,
+    source: Annotated[Path | None, typer.Option("--input", metavar="FILE", help="Rows: JSON, CSV, text, ….")] = None,
     target: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Write JSON lines there.")] = None,
     as_json: Json = False,
     engine: Engine = None,

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from engine.data.cells import CellError, text_cell
 from engine.data.sources import parse_file
 from engine.errors import UserError
 from engine.terminal import speaks_unicode
@@ -46,7 +47,7 @@ def predict(bundle: Bundle, texts: list[str], source: Path | None, target: Path 
     Args:
         bundle: an opened bundle.
         texts: what to predict; with none and no `source`, the lines of standard input.
-        source: a file of rows (.jsonl, .csv, .tsv, .txt, also .gz); all of it is checked before the first prediction.
+        source: a file of rows in any format that `engine.data.readers` knows; all of it is checked before the first prediction.
         target: where to write, complete or not at all; None: standard output.
         as_json: JSON lines instead of text; a `target` is always written so.
 
@@ -95,14 +96,20 @@ def _checked(bundle: Bundle, source: Path | None) -> Iterator[Row]:
     columns = [(column, key) for column, key in ((task.text, "text"), (task.text_pair, "text_pair")) if column]
     for line, row in parse_file(source):
         for column, key in columns:
-            if row.get(column, row.get(key)) in (None, ""):
+            found = column if column in row else key
+            try:
+                text = text_cell(row.get(found))
+            except CellError as error:
+                raise UserError(f"{source}:{line}: column '{found}' {error}") from None
+            if text is None:
                 raise UserError(f"{source}:{line}: no text in column '{column}'")
+            row[found] = text
         yield row
 
 
 def _line(bundle: Bundle, row: Row, prediction: dict[str, Any], as_json: bool, unicode: bool) -> str:
     if as_json:
-        return json.dumps({"input": row, **prediction}, ensure_ascii=not unicode)
+        return json.dumps({"input": row, **prediction}, ensure_ascii=not unicode, default=str)
     text = row.get(bundle.manifest.task.text, row.get("text"))
     return f"{prediction['label']}\t{prediction['score']:.4f}\t{text}"
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from engine.config import FLOAT, Recipe
+from engine.config import Recipe
+from engine.recipe_yaml import FLOAT
 from engine.stage import Stage
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.config import Recipe
 from engine.data.batches import BatchPlan
-from engine.data.sources import Row
+from engine.data.readers import Row
 from engine.data.splits import load_splits
 from engine.evaluate import classifier_logits, evaluate_classifier, write_jsonl
 from engine.tasks.classification import Classification, Example
@@ -83,8 +83,10 @@ def prepare_for_model(
     Returns:
         (the rows of every split, the same encoded).
     """
-    rows = load_splits(config.data, recipe, config.task.text, config.task.columns)
+    rows = load_splits(config.data, recipe, config.task.text, config.task.columns, config.task.label_of)
     rows["train"] = rows["train"][:train_rows]
+    for note in rows.notes:
+        print(f"  {note}", flush=True)
     return rows, prepare(rows, Classification.of_model(config.task, model, config.max_length))
 
 

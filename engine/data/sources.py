@@ -1,27 +1,22 @@
-"""Readers of the formats that people have: JSON lines, CSV, TSV and plain text, each also gzipped.
-
-A row is a dict of column name to value. Every error names the file and the line.
-"""
+"""Sources of rows: files, or several of them, with a filter. A row is a dict of column name to value."""
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import io
-import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, field_validator
 
-from engine.config import FileRef, Fraction, Recipe, Strict
+from engine.config import FileRef, Fraction, Recipe
+from engine.data.cells import Cell, CellError, missing, text_cell
+from engine.data.readers import FormatConfig, Layout, Row, find_layout
 from engine.errors import UserError, did_you_mean
 
-Row = dict[str, Any]
-"""Column name to value."""
+SHOWN = 8
+"""Values of a column that a message lists."""
 
 
 class PlacedRow(Row):
@@ -34,74 +29,174 @@ class PlacedRow(Row):
         self.path, self.line = path, line
 
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-_FORMATS = (".jsonl", ".csv", ".tsv", ".txt")
+class SourceConfig(FormatConfig):
+    """Where rows come from; a bare string, or list of them, stands for `path`."""
 
-
-class SourceConfig(Strict):
-    """One file of rows; a bare string stands for its path."""
-
-    path: FileRef
-    """`.jsonl`, `.csv`, `.tsv` (with a header line) or `.txt` (a row a line, column `text`); `.gz` may follow."""
-    where: dict[str, str | int | float | bool] = {}
-    """Keep only the rows whose columns hold these values."""
+    path: FileRef | list[FileRef] | dict[str, FileRef]
+    """A file, a pattern or a list of them, read one after the other; or {column: file} of line-aligned text. `.gz`, `.bz2`, `.xz`
+    and `.zst` may follow the extension; `hub:OWNER/NAME` is a data set of the hub."""
+    where: dict[str, str] = {}
+    """Keep only the rows whose columns hold these values, as they are written."""
     share: Fraction = 1.0
     """Keep only this share of the rows, chosen by a hash of the row: a sample that is the same on every machine."""
     limit: int | None = None
     """Keep only this many rows, from the top."""
+    missing: Literal["refuse", "drop"] = "refuse"
+    """Rows that lack a text or a label: name the first one and stop, or leave them all out and count them."""
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: wanted if isinstance(wanted, str) else json.dumps(wanted) for key, wanted in value.items()}
+
+    @field_validator("path")
+    @classmethod
+    def _some_file(cls, value: Any) -> Any:
+        if not value:
+            raise ValueError("path names no file")
+        return value
+
+    @property
+    def shown(self) -> str:
+        """The path in words."""
+        names = self.path.values() if isinstance(self.path, dict) else [self.path] if isinstance(self.path, str) else self.path
+        return ", ".join(names)
 
 
-Source = Annotated[SourceConfig, BeforeValidator(lambda value: {"path": value} if isinstance(value, str) else value)]
+Source = Annotated[SourceConfig, BeforeValidator(lambda value: {"path": value} if isinstance(value, (str, list)) else value)]
 
 
-def source_format(path: Path) -> str:
-    """Returns the extension that says how to read `path`, without `.gz`."""
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    if suffix not in _FORMATS:
-        raise UserError(f"{path}: unknown format '{suffix or path.name}': use one of {', '.join(_FORMATS)}, optionally with .gz")
-    return suffix
-
-
-def read_rows(source: SourceConfig, recipe: Recipe, columns: list[str], lines: int | None = None) -> Iterator[Row]:
-    """Yields every kept row.
+class SourceRows:
+    """The rows of one source that are kept; iterate over it to read them.
 
     Args:
-        source: the file and its filter.
-        recipe: finds the file.
-        columns: the columns that must be present and filled in every kept row.
-        lines: look no further than this line; the rows that are kept may then all lie behind it.
+        source: files and filter.
+        recipe: finds the files.
+        columns: the columns that every kept row must fill, and what is made of their cells.
+        lines: look no further than this line of each file; the rows that are kept may then all lie behind it.
 
     Raises:
-        UserError: unreadable file, malformed line, missing or empty column; names file and line.
+        UserError: a file is missing, or its layout unknown.
     """
-    path = recipe.find_file(source.path)
-    kept = line = 0
-    for line, row in parse_file(path, lines):
-        if any(key not in row for key in source.where):
-            missing = next(key for key in source.where if key not in row)
-            raise UserError(f"{path}:{line}: no column '{missing}' to filter by{did_you_mean(missing, list(row))}")
-        if any(str(row[key]) != str(value) for key, value in source.where.items()):
-            continue
-        if source.share < 1 and share_of(f"sample\t{json.dumps(row, sort_keys=True)}") >= source.share:
-            continue
-        if source.limit is not None and kept >= source.limit:
-            return
-        for column in columns:
+
+    def __init__(self, source: SourceConfig, recipe: Recipe, columns: Mapping[str, Cell], lines: int | None = None) -> None:
+        self.source, self.columns, self.lines = source, columns, lines
+        self.layouts = [find_layout(found, source) for found in _found(source, recipe)]
+        self.kept = self.dropped = 0
+        self.joined: set[str] = set()
+        """Text columns in which lists of words were found."""
+        self.complete = True
+        """No file goes on behind the last line that was looked at."""
+
+    @property
+    def describe(self) -> list[str]:
+        """Says how the files are laid out and what was done to rows, a fact a line."""
+        shown: dict[str, list[Path]] = {}
+        for layout in self.layouts:
+            shown.setdefault(layout.describe, []).append(layout.path)
+        lines = [f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {how}" for how, paths in shown.items()]
+        lines += [f"column '{column}' of {self.source.shown} holds lists of words: joined with spaces" for column in self.joined]
+        if self.dropped:
+            lines.append(f"{self.source.shown}: {self.dropped:,} rows without {' or '.join(self.columns)} left out")
+        return lines
+
+    def __iter__(self) -> Iterator[PlacedRow]:
+        """Yields every kept row.
+
+        Raises:
+            UserError: unreadable file, malformed line, missing or empty column; names file and line.
+        """
+        self.kept = self.dropped = 0
+        self.joined = set()
+        seen: dict[str, dict[str, None]] = {column: {} for column in self.source.where}
+        self.complete = True
+        for layout in self.layouts:
+            line = 0
+            for line, row in layout.rows(self.lines):
+                if self.source.limit is not None and self.kept >= self.source.limit:
+                    return
+                placed = PlacedRow(row, layout.path, line)
+                if self._wanted(placed, seen, layout) and self._filled(placed, layout):
+                    self.kept += 1
+                    yield placed
+            self.complete = self.complete and (self.lines is None or line < self.lines)
+        if self.kept == 0 and self.complete:
+            raise UserError(f"{self.source.shown}: {self._nothing(seen)}: an empty data set cannot be used")
+
+    def _wanted(self, row: PlacedRow, seen: dict[str, dict[str, None]], layout: Layout) -> bool:
+        source = self.source
+        for column, wanted in source.where.items():
             if column not in row:
-                raise UserError(f"{path}:{line}: no column '{column}' in this row{did_you_mean(column, list(row))}")
-            if row[column] is None or row[column] == "":
-                raise UserError(f"{path}:{line}: column '{column}' is empty in this row")
-        kept += 1
-        yield PlacedRow(row, path, line)
-    if kept == 0 and (lines is None or line < lines):
-        raise UserError(
-            f"{path}: no rows" + (f" where {source.where}" if source.where else "") + ": an empty data set cannot be used"
-        )
+                raise UserError(
+                    f"{row.path}:{row.line}: no column '{column}' to filter by{did_you_mean(column, list(row))}{layout.hint}"
+                )
+            if not _holds(row[column], wanted):
+                if len(seen[column]) <= SHOWN:
+                    seen[column][str(row[column])[:40]] = None
+                return False
+        return source.share >= 1 or share_of(f"sample\t{json.dumps(row, sort_keys=True, default=str)}") < source.share
+
+    def _filled(self, row: PlacedRow, layout: Layout) -> bool:
+        for column, cell in self.columns.items():
+            if column not in row:
+                raise UserError(
+                    f"{row.path}:{row.line}: no column '{column}' in this row{did_you_mean(column, list(row))}{layout.hint}"
+                )
+            value = row[column]
+            try:
+                row[column] = cell(value)
+            except CellError as error:
+                raise UserError(f"{row.path}:{row.line}: column '{column}' {error}") from None
+            if missing(row[column]):
+                if self.source.missing == "drop":
+                    self.dropped += 1
+                    return False
+                fix = "fill it, or leave such rows out (missing: drop)"
+                raise UserError(f"{row.path}:{row.line}: column '{column}' is empty in this row: {fix}")
+            if cell is text_cell and isinstance(value, (list, tuple)):
+                self.joined.add(column)
+        return True
+
+    def _nothing(self, seen: dict[str, dict[str, None]]) -> str:
+        if self.dropped:
+            return f"no rows: all {self.dropped:,} lack {' or '.join(self.columns)}"
+        if not self.source.where:
+            return "no rows"
+        wanted = ", ".join(f"{column} is '{value}'" for column, value in self.source.where.items())
+        column, values = next(((column, values) for column, values in seen.items() if values), ("", {}))
+        listed = ", ".join(f"'{value}'" for value in list(values)[:SHOWN]) + (", …" if len(values) > SHOWN else "")
+        return f"no rows where {wanted}" + (f" ({column} holds {listed})" if values else "")
 
 
-def _open(path: Path) -> io.TextIOWrapper:
-    opened = gzip.open if path.suffix == ".gz" else open
-    return io.TextIOWrapper(opened(path, "rb"), encoding="utf-8-sig", newline="")
+def _found(source: SourceConfig, recipe: Recipe) -> list[Path | str | dict[str, Path]]:
+    if isinstance(source.path, dict):
+        return [{column: recipe.find_file(path) for column, path in source.path.items()}]
+    found: list[Path | str | dict[str, Path]] = []
+    for reference in [source.path] if isinstance(source.path, str) else source.path:
+        paths = recipe.find_data(reference)
+        found += paths if isinstance(paths, list) else [paths]
+    return found
+
+
+def _holds(value: Any, wanted: str) -> bool:
+    """Says whether a cell holds what a recipe writes: `no`, `1`, `1.0`, `true`, `null`."""
+    if isinstance(value, str) or value is None:
+        return value == wanted or (value is None and wanted in ("null", ""))
+    if isinstance(value, bool):
+        return wanted.lower() == str(value).lower()
+    if isinstance(value, (int, float)):
+        try:
+            return float(wanted) == value
+        except ValueError:
+            return False
+    return wanted == str(value)
+
+
+def read_rows(source: SourceConfig, recipe: Recipe, columns: Mapping[str, Cell], lines: int | None = None) -> Iterator[PlacedRow]:
+    """Yields every kept row of a source: see SourceRows."""
+    return iter(SourceRows(source, recipe, columns, lines))
 
 
 def parse_file(path: Path, lines: int | None = None) -> Iterator[tuple[int, Row]]:
@@ -110,46 +205,7 @@ def parse_file(path: Path, lines: int | None = None) -> Iterator[tuple[int, Row]
     Raises:
         UserError: unreadable file or malformed line; names file and line.
     """
-    suffix = source_format(path)
-    line = 0
-    try:
-        with _open(path) as file:
-            if suffix == ".jsonl":
-                for line, text in enumerate(itertools.islice(file, lines), 1):
-                    if text.strip():
-                        yield line, _json_row(path, line, text)
-            elif suffix == ".txt":
-                for line, text in enumerate(itertools.islice(file, lines), 1):
-                    if text.strip():
-                        yield line, {"text": text.strip()}
-            else:
-                # Quotes mean nothing in a TSV: a lone one is part of the text.
-                quoting: Any = csv.QUOTE_NONE if suffix == ".tsv" else csv.QUOTE_MINIMAL
-                reader = csv.reader(file, delimiter=_DELIMITERS[suffix], quoting=quoting, strict=suffix == ".csv")
-                header = next(reader, None)
-                for cells in reader:
-                    line = reader.line_num
-                    if lines is not None and line > lines:
-                        return
-                    if not cells:
-                        continue
-                    if header is None or len(cells) != len(header):
-                        raise UserError(f"{path}:{line}: {len(cells)} columns where the header has {len(header or [])}")
-                    yield line, dict(zip(header, cells, strict=True))
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error) as error:
-        raise UserError(f"{path}:{line + 1}: cannot be read: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _json_row(path: Path, line: int, text: str) -> Row:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{line}: not valid JSON: {error.msg} at column {error.colno}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{path}:{line}: a row must be a JSON object, not {type(row).__name__}")
-    return row
+    return find_layout(path).rows(lines)
 
 
 def share_of(text: str) -> float:

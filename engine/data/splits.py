@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, model_validator
 
 from engine.config import Fraction, Recipe, Strict
-from engine.data.sources import Row, Source, SourceConfig, read_rows, share_of
+from engine.data.cells import Cell
+from engine.data.readers import Row
+from engine.data.sources import SHOWN, Source, SourceConfig, SourceRows, share_of
 from engine.errors import UserError
 
 
 def _share_or_source(value: Any) -> Any:
     """A number or percentage is a share of `train`; anything else names a file."""
-    if isinstance(value, str) and not value.strip().endswith("%"):
+    if isinstance(value, list) or (isinstance(value, str) and not value.strip().endswith("%")):
         return {"path": value}
     return value
 
@@ -38,34 +41,81 @@ class DataConfig(Strict):
         return self
 
 
-def load_splits(data: DataConfig, recipe: Recipe, key: str, columns: list[str]) -> dict[str, list[Row]]:
-    """Reads every split: {"train": rows, "validation": rows, "test": rows}; absent splits are left out.
+class Splits(dict[str, list[Row]]):
+    """{"train": rows, "validation": rows, "test": rows}; absent splits are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+        """What is to be said about the files and the splits, a fact a line."""
+
+
+def load_splits(
+    data: DataConfig,
+    recipe: Recipe,
+    key: str,
+    columns: Mapping[str, Cell],
+    label_of: Callable[[Row], Any] | None = None,
+) -> Splits:
+    """Reads every split.
 
     Args:
         data: the files and shares.
         recipe: finds the files.
         key: the column whose hash decides a row's split.
-        columns: the columns that every row must fill.
+        columns: the columns that every row must fill, and what is made of their cells.
+        label_of: the class of a row, where there are classes: shares then leave each of them a row to train on.
 
     Raises:
         UserError: bad file or row (file and line), or a split without rows.
     """
-    rows: dict[str, list[Row]] = {}
+    splits = Splits()
     shares: list[tuple[str, float, float]] = []
     low = 0.0
     for name, part in (("test", data.test), ("validation", data.validation)):
         if isinstance(part, SourceConfig):
-            rows[name] = list(read_rows(part, recipe, columns))
+            splits[name] = _read(part, recipe, columns, splits)
         elif part:
-            rows[name] = []
+            splits[name] = []
             shares.append((name, low, low + part))
             low += part
-    rows["train"] = []
-    for row in read_rows(data.train, recipe, columns):
+    splits["train"] = []
+    for row in _read(data.train, recipe, columns, splits):
         share = share_of(str(row[key])) if shares else 1.0
         name = next((name for name, low, high in shares if low <= share < high), "train")
-        rows[name].append(row)
-    for name, part_rows in rows.items():
+        splits[name].append(row)
+    if shares and label_of:
+        _keep_classes(splits, [name for name, _, _ in shares], key, label_of)
+    for name, part_rows in splits.items():
         if not part_rows:
-            raise UserError(f"{recipe.find_file(data.train.path)}: the {name} split is empty: give more rows or another share")
-    return rows
+            raise UserError(f"{data.train.shown}: the {name} split is empty: give more rows or another share")
+    return splits
+
+
+def _read(source: SourceConfig, recipe: Recipe, columns: Mapping[str, Cell], splits: Splits) -> list[Row]:
+    rows = SourceRows(source, recipe, columns)
+    found: list[Row] = list(rows)
+    splits.notes += [note for note in rows.describe if note not in splits.notes]
+    return found
+
+
+def _keep_classes(splits: Splits, held_out: list[str], key: str, label_of: Callable[[Row], Any]) -> None:
+    """Gives every class that the hash has held out as a whole a row to train on: all rows of one of its texts.
+
+    Of several texts it is the one with the largest hash, the last that a smaller share would hold out.
+    """
+    trained = {label_of(row) for row in splits["train"]}
+    lost: dict[Any, str] = {}
+    for name in held_out:
+        for row in splits[name]:
+            label, text = label_of(row), str(row[key])
+            if label not in trained and (label not in lost or share_of(text) > share_of(lost[label])):
+                lost[label] = text
+    if not lost:
+        return
+    moved = set(lost.values())
+    for name in held_out:
+        splits["train"] += [row for row in splits[name] if str(row[key]) in moved]
+        splits[name] = [row for row in splits[name] if str(row[key]) not in moved]
+    shown = ", ".join(sorted(str(label) for label in lost)[:SHOWN]) + (", …" if len(lost) > SHOWN else "")
+    splits.notes.append(f"{len(lost)} classes of which all rows would have been held out got one text to train on: {shown}")

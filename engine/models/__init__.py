@@ -164,7 +164,7 @@ def _load_weights(model: PreTrainedModel, directory: Path) -> None:
 
 
 def load_tokenizer(model: Path | str) -> PreTrainedTokenizerBase:
-    """Loads the fast tokenizer of a model directory or hub id.
+    """Loads the fast tokenizer of a model directory or hub id, without the truncation and padding that its file may switch on.
 
     Raises:
         UserError: there is none.
@@ -179,6 +179,9 @@ def load_tokenizer(model: Path | str) -> PreTrainedTokenizerBase:
         raise UserError(f"{model}: no tokenizer: {reason}") from None
     if not tokenizer.is_fast:
         raise UserError(f"{model}: no fast tokenizer (tokenizer.json)")
+    # Whoever needs a length asks for it: MiniLM's file cuts every text at 128 tokens and fills it up to them.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from engine.data.sources import PlacedRow, Row
+from engine.data.readers import Row
+from engine.data.sources import PlacedRow
 from engine.errors import UserError, did_you_mean
 from engine.models import check_length, load_tokenizer, read_config
 from engine.tasks import ClassificationConfig
@@ -45,8 +46,9 @@ class Classification:
         """Returns the sorted labels of the training rows.
 
         Raises:
-            UserError: fewer than two.
+            UserError: fewer than two, numbers that are scores, or `names` for labels that are not there.
         """
+        config.check_labels({str(row[config.label]) for row in rows}, complete=True)
         labels = sorted({str(config.label_of(row)) for row in rows})
         if len(labels) < 2:
             raise UserError(f"column '{config.label}' holds only the label {labels}: a classifier needs at least two")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from engine.config import ModelRef, Strict
+from engine.data.cells import text_cell
 from engine.data.sources import SourceConfig, read_rows
 from engine.data.splits import DataConfig, load_splits
 from engine.errors import UserError
@@ -122,7 +123,7 @@ def transfer_texts(transfer: TransferConfig, stage: Stage[Any], held_out: set[st
         UserError: the source cannot be read, or nothing is left of it.
     """
     found: dict[str, None] = {}
-    for row in read_rows(transfer, stage.recipe, [transfer.text]):
+    for row in read_rows(transfer, stage.recipe, {transfer.text: text_cell}):
         text = str(row[transfer.text])
         for part in sentences_of(text) if transfer.sentences else [text]:
             if transfer.min_words <= len(part.split()) <= transfer.max_words and part not in held_out:
@@ -131,7 +132,7 @@ def transfer_texts(transfer: TransferConfig, stage: Stage[Any], held_out: set[st
                 return list(found)
     if not found:
         raise UserError(
-            f"{transfer.path}: no transfer text has {transfer.min_words} to {transfer.max_words} words: widen the bounds"
+            f"{transfer.shown}: no transfer text has {transfer.min_words} to {transfer.max_words} words: widen the bounds"
         )
     return list(found)
 
@@ -240,7 +241,7 @@ def run(stage: Stage[DistillConfig]) -> None:
     from engine.tasks.classification import Classification
 
     started = time.monotonic()
-    rows = load_splits(config.data, stage.recipe, config.task.text, config.task.columns)
+    rows = load_splits(config.data, stage.recipe, config.task.text, config.task.columns, config.task.label_of)
     # Fused attention kernels do not give their maps away.
     attention = "eager" if config.attention else None
     teacher = load_model(teacher_path, "classification", attention=attention).eval()
@@ -265,7 +266,8 @@ def run(stage: Stage[DistillConfig]) -> None:
     judge = Judge(lambda model, ranks: data.evaluate(model, "validation", ranks)[0], "accuracy", True, data.probe)
     loss = DistillationLoss(config, task, matching)
     fit = Fit(processes, student, loss, batches, judge, saver(student, task.tokenizer), stage.partial, stage.name, stage.seed)
-    fit.tracker.say(f"{processes.describe}; {data.describe}; {len(texts):,} transfer texts")
+    for note in [f"{processes.describe}; {data.describe}; {len(texts):,} transfer texts", *rows.notes]:
+        fit.tracker.say(note)
     state = fit.run()
     hand_over(stage, processes, data, state, fit.weights, started)
     processes.close()

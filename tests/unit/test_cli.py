@@ -154,7 +154,8 @@ def test_without_arguments_there_is_help_and_the_version_is_known(call, monkeypa
 def test_check_says_what_each_stage_will_do(tmp_path, call):
     status, out, err = call("check", write_recipe(tmp_path))
     assert (status, err) == (0, "")
-    assert out == "teacher: finetune: 6 steps, batch 8 = micro 8 × processes 1 × accumulation 1\n"
+    said = f"data: {tmp_path / 'rows.jsonl'}: JSON lines, utf-8\n"
+    assert out == said + "teacher: finetune: 6 steps, batch 8 = micro 8 × processes 1 × accumulation 1\n"
 
 
 # Bundles.

@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from engine.config import load_recipe
+from engine.data.splits import DataConfig
+from engine.recipe_yaml import RecipeLoader
 from launch.recipe import KINDS, load_stages
 
 ROOT = Path(__file__).parents[2]
@@ -38,3 +40,13 @@ def test_the_recipe_of_a_page_is_valid(tmp_path, page):
 def test_every_kind_of_stage_is_named_in_the_changelog():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert [kind for kind in KINDS if f"`{kind}`" not in text] == []
+
+
+def test_every_example_of_data_is_valid():
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    examples = [part for block in blocks for part in re.split(r"^(?=\w)", block, flags=re.MULTILINE) if part]
+    assert len(examples) == 5
+    for example in examples:
+        data = yaml.load(example, Loader=RecipeLoader)
+        DataConfig(**data.get("data", data))
