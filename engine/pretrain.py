@@ -109,10 +109,12 @@ def run(stage: Stage[PretrainConfig]) -> None:
     held_out = PackedBatches(validation, objective, tokenizer, config.sequence_length, config.train.batch_size, stage.seed)
     judge = Judge(held_out.evaluate, "loss", False, held_out.probe)
     fit = Fit(processes, model, objective.loss, batches, judge, saver(model, tokenizer), stage.partial, stage.name, stage.seed)
-    fit.tracker.say(f"{processes.describe}; {batches.describe}")
+    for note in (f"{processes.describe}; {batches.describe}", f"training {training.describe}", f"held out {validation.describe}"):
+        fit.tracker.say(note)
     state = fit.run()
     if processes.main:
-        _publish(stage, processes, held_out, state, fit.weights, started)
+        ledgers = {"train": training.ledger, "validation": validation.ledger}
+        _publish(stage, processes, held_out, state, fit.weights, started, ledgers)
     processes.close()
 
 
@@ -131,7 +133,13 @@ def predict_frequencies(model: Any, corpus: Corpus) -> None:
 
 
 def _publish(
-    stage: Stage[PretrainConfig], processes: Processes, held_out: PackedBatches, state: Any, weights: Path, started: float
+    stage: Stage[PretrainConfig],
+    processes: Processes,
+    held_out: PackedBatches,
+    state: Any,
+    weights: Path,
+    started: float,
+    corpora: dict[str, dict[str, int]],
 ) -> None:
     from engine.evaluate import ALONE
     from engine.loop import same_logits
@@ -151,6 +159,7 @@ def _publish(
         best_step=state.best_step,
         stopped=state.stop,
         processes=processes.describe,
+        corpus=corpora,
     )
 
 
@@ -181,19 +190,21 @@ def _tokenizer_directory(stage: Stage[PretrainConfig]) -> Path | str:
 def _corpora(stage: Stage[PretrainConfig], tokenizer: Any) -> tuple[Corpus, Corpus]:
     """Returns the tokenized training and validation documents, from disk when they are there already."""
     from engine.data.cells import text_cell
-    from engine.data.corpus import Corpus, write_corpus
-    from engine.data.splits import load_splits
+    from engine.data.corpus import Corpus, CorpusWriter
+    from engine.data.splits import iter_splits
 
     paths = [stage.partial / "corpus" / name for name in ("train", "validation")]
     if all(path.exists() for path in paths):
         return Corpus.open(paths[0]), Corpus.open(paths[1])
     text = stage.config.text
-    rows = load_splits(stage.config.data, stage.recipe, text, {text: text_cell})
-    train, validation = (
-        write_corpus((str(row[text]) for row in rows[name]), tokenizer.backend_tokenizer, path)
-        for name, path in zip(("train", "validation"), paths, strict=True)
-    )
-    return train, validation
+    notes: list[str] = []
+    writers = {path.name: CorpusWriter(tokenizer.backend_tokenizer, path) for path in paths}
+    for name, row in iter_splits(stage.config.data, stage.recipe, text, {text: text_cell}, notes):
+        if name in writers:
+            writers[name].add(row[text])
+    for note in notes:
+        print(f"  {note}", flush=True)
+    return writers["train"].close(), writers["validation"].close()
 
 
 class PackedBatches:

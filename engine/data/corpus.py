@@ -1,16 +1,15 @@
 """Token shards: documents tokenized once, then read memory-mapped.
 
 A corpus is a directory of `tokens.bin` (uint16 or uint32, little-endian), `ends.npy` (int64, the end of each document in
-tokens) and `corpus.json`; it is complete or absent.
+tokens) and `corpus.json`, which keeps the ledger; it is complete or absent.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from array import array
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,30 @@ class Corpus:
 
     tokens: np.ndarray
     ends: np.ndarray
+    ledger: dict[str, int] = field(default_factory=dict)
+    """What went in and what came of it: `documents`, `empty_documents` (without a token, left out), `characters`, `bytes`,
+    `tokens`, `unknown_tokens` (what the vocabulary has no word for)."""
 
     @classmethod
     def open(cls, directory: Path) -> Corpus:
         """Maps a finished corpus."""
         about = json.loads((directory / "corpus.json").read_text())
-        return cls(np.memmap(directory / "tokens.bin", dtype=about["dtype"], mode="r"), np.load(directory / "ends.npy"))
+        dtype = about.pop("dtype")
+        tokens = np.memmap(directory / "tokens.bin", dtype=dtype, mode="r")
+        return cls(tokens, np.load(directory / "ends.npy", mmap_mode="r"), about)
+
+    @property
+    def describe(self) -> str:
+        """The ledger in words."""
+        told, tokens = self.ledger, self.ledger["tokens"]
+        parts = [
+            f"{told['documents']:,} documents",
+            f"{told['characters']:,} characters ({told['bytes']:,} bytes)",
+            f"{tokens:,} tokens ({told['characters'] / tokens:.1f} characters each)",
+            f"{told['unknown_tokens'] / tokens:.2%} of them unknown" if told["unknown_tokens"] else "",
+            f"{told['empty_documents']:,} documents without a token left out" if told["empty_documents"] else "",
+        ]
+        return ", ".join(part for part in parts if part)
 
     def windows(self, length: int) -> np.ndarray:
         """Cuts every document into windows of at most `length` tokens.
@@ -50,34 +67,61 @@ class Corpus:
         return np.stack([first, np.minimum(first + length, self.ends[document])], axis=1)
 
 
-def write_corpus(texts: Iterator[str], tokenizer: Any, directory: Path) -> Corpus:
-    """Tokenizes `texts` without special tokens into `directory`, or opens it when it is already there.
+class CorpusWriter:
+    """Tokenizes documents, without special tokens, into a corpus that is complete or absent.
 
     Args:
-        texts: one document each.
-        tokenizer: a `tokenizers.Tokenizer`.
+        tokenizer: a `tokenizers.Tokenizer`; truncation and padding of its own are switched off.
         directory: the corpus; written beside it first, then renamed.
-
-    Raises:
-        UserError: no tokens at all.
     """
-    if directory.exists():
-        return Corpus.open(directory)
-    part = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    dtype = "<u2" if tokenizer.get_vocab_size() <= 2**16 else "<u4"
-    lengths: list[int] = []
-    with (part / "tokens.bin").open("wb") as file:
-        while chunk := list(itertools.islice(texts, CHUNK)):
-            for encoding in tokenizer.encode_batch(chunk, add_special_tokens=False):
-                lengths.append(len(encoding.ids))
-                file.write(np.asarray(encoding.ids, dtype=dtype).tobytes())
-    ends = np.cumsum([length for length in lengths if length], dtype=np.int64)
-    if len(ends) == 0:
-        raise UserError("the training texts hold no token: an empty corpus cannot be used")
-    np.save(part / "ends.npy", ends)
-    about = {"dtype": dtype, "documents": len(ends), "empty_documents": len(lengths) - len(ends), "tokens": int(ends[-1])}
-    (part / "corpus.json").write_text(json.dumps(about))
-    publish(part, directory)
-    return Corpus.open(directory)
+
+    def __init__(self, tokenizer: Any, directory: Path) -> None:
+        self.tokenizer, self.directory = tokenizer, directory
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.part = directory.with_name(directory.name + ".tmp")
+        shutil.rmtree(self.part, ignore_errors=True)
+        self.part.mkdir(parents=True)
+        self.dtype = "<u2" if tokenizer.get_vocab_size() <= 2**16 else "<u4"
+        self.file = (self.part / "tokens.bin").open("wb")
+        self.lengths = array("q")
+        self.chunk: list[str] = []
+        self.unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
+        self.ledger = dict.fromkeys(("documents", "empty_documents", "characters", "bytes", "tokens", "unknown_tokens"), 0)
+
+    def add(self, text: str) -> None:
+        """Adds one document."""
+        self.chunk.append(text)
+        if len(self.chunk) == CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        ledger = self.ledger
+        for text, encoding in zip(self.chunk, self.tokenizer.encode_batch(self.chunk, add_special_tokens=False), strict=True):
+            ids = np.asarray(encoding.ids, dtype=self.dtype)
+            ledger["characters"] += len(text)
+            ledger["bytes"] += len(text.encode())
+            ledger["unknown_tokens"] += int((ids == self.unknown).sum()) if self.unknown is not None else 0
+            if len(ids) == 0:
+                ledger["empty_documents"] += 1
+                continue
+            self.lengths.append(len(ids))
+            self.file.write(ids.tobytes())
+        self.chunk.clear()
+
+    def close(self) -> Corpus:
+        """Publishes the corpus and opens it.
+
+        Raises:
+            UserError: no token at all.
+        """
+        self._flush()
+        self.file.close()
+        if not self.lengths:
+            raise UserError(f"the {self.directory.name} texts hold no token: give more of them, or another share")
+        ends = np.cumsum(np.asarray(self.lengths, dtype=np.int64))
+        np.save(self.part / "ends.npy", ends)
+        ledger = {**self.ledger, "documents": len(ends), "tokens": int(ends[-1])}
+        (self.part / "corpus.json").write_text(json.dumps({"dtype": self.dtype, **ledger}))
+        publish(self.part, self.directory)
+        return Corpus.open(self.directory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, model_validator
@@ -70,33 +70,42 @@ def load_splits(
         UserError: bad file or row (file and line), or a split without rows.
     """
     splits = Splits()
-    shares: list[tuple[str, float, float]] = []
-    low = 0.0
-    for name, part in (("test", data.test), ("validation", data.validation)):
-        if isinstance(part, SourceConfig):
-            splits[name] = _read(part, recipe, columns, splits)
-        elif part:
-            splits[name] = []
-            shares.append((name, low, low + part))
-            low += part
-    splits["train"] = []
-    for row in _read(data.train, recipe, columns, splits):
-        share = share_of(str(row[key])) if shares else 1.0
-        name = next((name for name, low, high in shares if low <= share < high), "train")
+    for name in parts_of(data):
+        splits[name] = []
+    for name, row in iter_splits(data, recipe, key, columns, splits.notes):
         splits[name].append(row)
+    shares = [name for name, part in parts_of(data).items() if not isinstance(part, SourceConfig)]
     if shares and label_of:
-        _keep_classes(splits, [name for name, _, _ in shares], key, label_of)
+        _keep_classes(splits, shares, key, label_of)
     for name, part_rows in splits.items():
         if not part_rows:
             raise UserError(f"{data.train.shown}: the {name} split is empty: give more rows or another share")
     return splits
 
 
-def _read(source: SourceConfig, recipe: Recipe, columns: Mapping[str, Cell], splits: Splits) -> list[Row]:
-    rows = SourceRows(source, recipe, columns)
-    found: list[Row] = list(rows)
-    splits.notes += [note for note in rows.describe if note not in splits.notes]
-    return found
+def parts_of(data: DataConfig) -> dict[str, SourceConfig | float]:
+    """Returns {name of a split: its files, or its share of `train`}, as they are read: the training rows last."""
+    parts = {"test": data.test, "validation": data.validation, "train": data.train}
+    return {name: part for name, part in parts.items() if part}
+
+
+def iter_splits(
+    data: DataConfig, recipe: Recipe, key: str, columns: Mapping[str, Cell], notes: list[str]
+) -> Iterator[tuple[str, Row]]:
+    """Yields (name of its split, row) of every row, one in memory at a time; `notes` gets what is to be said, see load_splits."""
+    shares: list[tuple[str, float, float]] = []
+    low = 0.0
+    for split, part in parts_of(data).items():
+        if not isinstance(part, SourceConfig):
+            shares.append((split, low, low + part))
+            low += part
+            continue
+        rows = SourceRows(part, recipe, columns)
+        cut = shares if split == "train" else []
+        for row in rows:
+            share = share_of(str(row[key])) if cut else 1.0
+            yield next((name for name, low, high in cut if low <= share < high), split), row
+        notes += [note for note in rows.describe if note not in notes]
 
 
 def _keep_classes(splits: Splits, held_out: list[str], key: str, label_of: Callable[[Row], Any]) -> None:
