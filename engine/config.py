@@ -72,6 +72,10 @@ class ModelRef(_Reference):
     """A stage of the same recipe, a directory, `package:NAME/path`, or a hub id."""
 
 
+class TokenizerRef(ModelRef):
+    """A ModelRef of which the tokenizer is taken: its directory needs no model."""
+
+
 class FileRef(_Reference):
     """A file, or several by a pattern (`*`, `?`, `[…]`, `**`): a path relative to the recipe, or `package:NAME/path`.
 
@@ -285,7 +289,7 @@ class Recipe:
         """Returns the directory that a ModelRef names, or the hub id unchanged.
 
         Raises:
-            UserError: nothing by that name, or a directory without a model in it.
+            UserError: nothing by that name, or a directory without a model in it where one is needed.
         """
         if reference in self.stages:
             return self.directory(reference)
@@ -296,7 +300,7 @@ class Recipe:
                 return reference
             known = did_you_mean(reference, list(self.stages))
             raise UserError(f"model '{reference}' is no stage of this recipe, no directory and no hub id (owner/name){known}")
-        if not (path / "config.json").is_file():
+        if not isinstance(reference, TokenizerRef) and not (path / "config.json").is_file():
             raise UserError(f"{path}: not a model directory (no config.json)")
         return path
 

@@ -39,6 +39,16 @@ class Asked(Exception):  # noqa: N818 - nothing has gone wrong
     """The ranks were asked to stop, and have agreed on it."""
 
 
+def require_processes(wanted: int | str, started: int, cuda: bool) -> None:
+    """Raises UserError unless as many ranks were started as the recipe asks for, or fewer where there may be fewer GPUs."""
+    if wanted in ("auto", started) or (cuda and isinstance(wanted, int) and started < wanted):
+        return
+    raise UserError(
+        f"the recipe asks for processes={wanted}, but {started} were started: "
+        f"use `bothways run`, or `accelerate launch --use_deepspeed --num_processes {wanted}`"
+    )
+
+
 class Processes:
     """The ranks of this stage: who they are and how they agree."""
 
@@ -48,11 +58,7 @@ class Processes:
     def __init__(self, config: Trained, recipe: Recipe, scratch: Path | None = None) -> None:
         self.train = train = config.train
         self.processes = int(os.environ.get("WORLD_SIZE", "1"))
-        if config.processes not in ("auto", self.processes):
-            raise UserError(
-                f"the recipe asks for processes={config.processes}, but {self.processes} were started: "
-                f"use `bothways run`, or `accelerate launch --use_deepspeed --num_processes {config.processes}`"
-            )
+        require_processes(config.processes, self.processes, torch.cuda.is_available())
         name = zero_config_of(config, self.processes)
         self.parallel = recipe.find_zero(name) if name else None
         self.zero_stage = 0

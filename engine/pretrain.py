@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from engine import heartbeat
-from engine.config import ModelRef, Strict
+from engine.config import Strict, TokenizerRef
 from engine.data.splits import DataConfig
+from engine.errors import UserError
 from engine.models import ScratchConfig
 from engine.objectives import MlmConfig
 from engine.stage import Stage, stage_main
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 
 PROBE_LOGITS = 64
+SPECIAL_TOKENS = ("cls_token", "sep_token", "pad_token", "mask_token")
+"""What the tokenizer of a pretraining has to have."""
 FREQUENCY_TOKENS = 10_000_000
 """Tokens from the top of the corpus from which frequencies are estimated."""
 
@@ -44,7 +47,8 @@ class NewTokenizer(Strict):
 class TokenizerConfig(Strict):
     """The tokenizer of a pretrained model: taken from a model, or learnt. A bare string stands for `model`."""
 
-    model: ModelRef | None = None
+    model: TokenizerRef | None = None
+    """A stage, a hub id, or a directory with tokenizer.json and tokenizer_config.json; no model is needed in it."""
     train: NewTokenizer | None = None
 
     @model_validator(mode="after")
@@ -98,6 +102,7 @@ def run(stage: Stage[PretrainConfig]) -> None:
         stage.begin()
     with processes.main_first():
         tokenizer = load_tokenizer(_tokenizer_directory(stage))
+        require_special_tokens(tokenizer)
         training, validation = _corpora(stage, tokenizer)
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
     model = build_model(config.model, "masked_lm", rounded(len(tokenizer)), tokenizer.pad_token_id)
@@ -116,6 +121,16 @@ def run(stage: Stage[PretrainConfig]) -> None:
         ledgers = {"train": training.ledger, "validation": validation.ledger}
         _publish(stage, processes, held_out, state, fit.weights, started, ledgers)
     processes.close()
+
+
+def require_special_tokens(tokenizer: Any) -> None:
+    """Raises UserError when the tokenizer lacks a special token that packed rows are made with."""
+    missing = [name for name in SPECIAL_TOKENS if getattr(tokenizer, name) is None]
+    if missing:
+        raise UserError(
+            f"{tokenizer.name_or_path}: this tokenizer has no {', '.join(missing)}, which masked language modelling needs: "
+            "name them in its tokenizer_config.json"
+        )
 
 
 def predict_frequencies(model: Any, corpus: Corpus) -> None:

@@ -95,4 +95,5 @@ class Trained(Strict):
     """Name of a file in ds_configs/ (zero0 … zero3, zero2_offload, …) or a path to a DeepSpeed JSON; None: zero0, plain data
     parallelism."""
     processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Ranks on this machine; auto: one per GPU, or one without GPUs."""
+    """Ranks on this machine; auto: one per GPU, or one without GPUs. A machine with fewer GPUs takes fewer, and `auto` leaves
+    out GPUs that would not divide the batch: the batch and so the training are the same."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.config import ModelRef, Recipe, references
+from engine.config import ModelRef, Recipe, TokenizerRef, references
 from engine.data.batches import accumulation_steps
 from engine.data.cells import Cell, text_cell
 from engine.data.sources import SourceConfig, SourceRows
@@ -16,7 +16,7 @@ from engine.models.facts import ModelFiles
 from engine.stage import Stage
 from engine.zero import read_zero_config, zero_config_of
 from launch.check_models import check_models
-from launch.local import process_count
+from launch.local import fewer_processes, process_count
 from launch.nodes.place import Place
 from launch.recipe import KINDS
 
@@ -83,7 +83,9 @@ def _check_rows(stage: Stage[Any], source: SourceConfig, columns: dict[str, Cell
 def _check_length(recipe: Recipe, stage: Stage[Any]) -> None:
     length: int = getattr(stage.config, "max_length", 0)  # pretraining builds its positions itself
     for key, reference in references(stage.config):
-        positions = _positions(recipe, reference) if isinstance(reference, ModelRef) else None
+        if not isinstance(reference, ModelRef) or isinstance(reference, TokenizerRef):
+            continue
+        positions = _positions(recipe, reference)
         if positions and length > positions:
             where = f"stages.{stage.name}.{stage.kind}.max_length"
             fits = f"the {positions} positions of {key} '{reference}'"
@@ -115,7 +117,9 @@ def _training(stage: Stage[Any], place: Place | None) -> str:
         raise stage.recipe.error(f"stages.{stage.name}.{stage.kind}.train", f"stage '{stage.name}': {error}") from None
     length = f"{train.epochs:g} epoch{'' if train.epochs == 1 else 's'}" if train.epochs else f"{train.steps:,} steps"
     zero = f", {stage.config.parallel}" if stage.config.parallel else ""
-    return f"{length}, batch {train.batch_size} = micro {micro} × processes {processes} × accumulation {accumulation}{zero}"
+    fewer = fewer_processes(stage, place)
+    split = f"batch {train.batch_size} = micro {micro} × processes {processes} × accumulation {accumulation}{zero}"
+    return f"{length}, {split}" + (f" ({fewer})" if fewer else "")
 
 
 def _read(stage: Stage[Any]) -> list[str]:

@@ -6,14 +6,15 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from engine.config import ModelRef, references
+from engine.config import ModelRef, TokenizerRef, references
 from engine.errors import UserError
-from engine.models.facts import SENTENCEPIECE, TOKENIZERS, ModelFiles, class_names
+from engine.models.facts import SENTENCEPIECE, TOKENIZERS, ModelFiles, class_names, read_json
 from engine.models.weights import refuse_pointer
+from engine.pretrain import SPECIAL_TOKENS
 from engine.stage import Stage, read_stage
 
-TOKENIZER_KEY = "tokenizer.model"
-"""Key of a pretraining: only the tokenizer of that model is used."""
+GENERIC = (None, "TokenizersBackend", "PreTrainedTokenizerFast")
+"""Classes of tokenizers that know no special tokens but those that their files name."""
 TRAINED = {"finetune": "model", "distill": "student.model"}
 """The key of each kind of stage whose model goes on learning: what its weights lack is made new."""
 
@@ -34,15 +35,16 @@ def check_models(stage: Stage[Any]) -> list[str]:
         if not isinstance(reference, ModelRef) or reference in stage.recipe.stages or not isinstance(path, Path):
             continue
         try:
-            notes += [f"{key} '{reference}': {note}" for note in _check_model(ModelFiles(path), stage, key)]
+            notes += [f"{key} '{reference}': {note}" for note in _check_model(ModelFiles(path), stage, key, reference)]
         except UserError as error:
             raise stage.recipe.error(where, str(error)) from None
     return notes
 
 
-def _check_model(files: ModelFiles, stage: Stage[Any], key: str) -> list[str]:
+def _check_model(files: ModelFiles, stage: Stage[Any], key: str, reference: ModelRef) -> list[str]:
     _check_tokenizer(files.directory)
-    if key == TOKENIZER_KEY:
+    if isinstance(reference, TokenizerRef):
+        _check_special_tokens(files.directory)
         return []
     files.refuse_quantizer()
     if stage.kind == "export" and key == "model" and _quantized_here(files.directory):
@@ -77,6 +79,22 @@ def _check_tokenizer(directory: Path) -> None:
                 raise UserError(f"{directory / name}: no tokenizer.json, which is made from it: pip install sentencepiece")
             return
     raise UserError(f"{directory}: no tokenizer in it (tokenizer.json)")
+
+
+def _check_special_tokens(directory: Path) -> None:
+    """Raises UserError when the files of a tokenizer show that it cannot make the rows of a pretraining."""
+    if (directory / "config.json").is_file():
+        return  # its type of model may know more
+    path = directory / "tokenizer_config.json"
+    named = read_json(path)
+    if named is None:
+        raise UserError(f"{path}: no such file: it says which tokens are {', '.join(SPECIAL_TOKENS)}")
+    if not isinstance(named, dict):
+        raise UserError(f"{path}: not the configuration of a tokenizer")
+    known = {**(read_json(directory / "special_tokens_map.json") or {}), **named}
+    missing = [name for name in SPECIAL_TOKENS if not known.get(name)]
+    if missing and named.get("tokenizer_class") in GENERIC:
+        raise UserError(f"{path}: names no {', '.join(missing)}, which masked language modelling needs: name them")
 
 
 def _check_weights(files: ModelFiles, trained: bool) -> None:

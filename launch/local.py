@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.data.batches import accumulation_steps
+from engine.data.batches import accumulation_steps, most_processes
 from engine.errors import USER_ERROR, UserError
 from engine.rank import ERROR_DIRECTORY, LOGS
 from engine.stage import Stage
@@ -30,10 +30,11 @@ from launch.watchdog import AGAIN, StageError, Verdict, judge, may_restart
 def process_count(stage: Stage[Any], place: Place | None = None) -> int:
     """Returns how many processes the stage runs on, over all nodes.
 
-    Without a place that says it: as many as the recipe says, and for `auto` one per GPU, or one without GPUs.
+    Without a place that says it: as many as the recipe says, and for `auto` one per GPU, or one without GPUs. On a machine with
+    fewer GPUs, or whose GPUs do not divide the batch for `auto`, as many of them as do: the batch is the same on any number.
 
     Raises:
-        UserError: more processes than GPUs, or another number than the nodes have.
+        UserError: another number than the nodes have.
     """
     if not KINDS[stage.kind].trains:
         return 1
@@ -43,11 +44,27 @@ def process_count(stage: Stage[Any], place: Place | None = None) -> int:
             spread = f"--nodes {place.nodes} × {place.processes} a node = {place.total}"
             raise UserError(f"processes={wanted} in the recipe, but {spread}: say processes: auto, or change those numbers")
         return place.total
-    if wanted == "auto":
-        return max(1, here)
-    if here and wanted > here:
-        raise UserError(f"processes={wanted}, but this machine has {here} GPUs: lower it or say auto")
-    return wanted
+    if not here:
+        return 1 if wanted == "auto" else wanted
+    if wanted != "auto" and wanted <= here:
+        return wanted
+    return most_processes(stage.config.train.batch_size, stage.config.train.micro_batch_size, here)
+
+
+def fewer_processes(stage: Stage[Any], place: Place | None = None) -> str | None:
+    """Says why a stage runs on fewer processes than the recipe or the machine has, if it does."""
+    processes, here = process_count(stage, place), gpus()
+    if not here or not KINDS[stage.kind].trains or (place is not None and (place.several or place.per_node)):
+        return None
+    wanted = stage.config.processes
+    machine = f"{here} GPU{'' if here == 1 else 's'} here"
+    if wanted != "auto" and processes < wanted:
+        return f"{processes} of processes={wanted}: {machine}" + (
+            "" if processes == here else f", and batch_size={stage.config.train.batch_size} divides by {processes}"
+        )
+    if wanted == "auto" and processes < here:
+        return f"{processes} of {machine}: batch_size={stage.config.train.batch_size} divides by no more of them"
+    return None
 
 
 def command(stage: Stage[Any], overrides: list[str], place: Place | None = None, attempt: int = 0) -> list[str]:
@@ -101,6 +118,8 @@ def run_stage(
     place, supervision = place or Place(), supervision or Supervision()
     if not KINDS[stage.kind].trains:
         place, link = Place(), None
+    if note := fewer_processes(stage, place):
+        say(note)
     prepare_operators(stage, place, say)
     with Requests() as requests, records_of(supervision) as records:
         for attempt in itertools.count():

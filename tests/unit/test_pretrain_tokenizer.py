@@ -1,0 +1,81 @@
+"""The tokenizer of a pretraining: any directory with a tokenizer will do, if it has the special tokens of packed rows."""
+
+import json
+
+import pytest
+
+from engine.config import load_recipe
+from engine.errors import UserError
+from engine.models import load_tokenizer
+from engine.pretrain import SPECIAL_TOKENS, require_special_tokens
+from launch.check import check_recipe
+from launch.recipe import load_stages
+from tests.recipes import finetune_section, pretrain_section, write_recipe
+from tests.unit.models import tiny_tokenizer
+
+ALONE = ("tokenizer.json", "tokenizer_config.json")
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A pretraining with a directory `words` that holds the two files of a tokenizer and nothing else."""
+    tiny_tokenizer(tmp_path / "words").save_pretrained(tmp_path / "words")
+    for path in (tmp_path / "words").iterdir():
+        if path.name not in ALONE:
+            path.unlink()
+    return write_recipe(tmp_path, {"base": {"pretrain": pretrain_section(tokenizer="words")}})
+
+
+def check(path):
+    loaded = load_recipe(path)
+    return check_recipe(loaded, load_stages(loaded))
+
+
+def change(path, **values):
+    """Sets keys of a JSON file; None removes one."""
+    data = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+
+
+def test_a_tokenizer_needs_no_model(recipe, tmp_path):
+    assert "base" in check(recipe)
+    (stage,) = load_stages(load_recipe(recipe))
+    tokenizer = load_tokenizer(stage.recipe.find(stage.config.tokenizer.model, "tokenizer"))
+    require_special_tokens(tokenizer)
+    assert len(tokenizer) == len(tiny_tokenizer(tmp_path / "again"))
+    assert stage.inputs["tokenizer.model"]["sha256"]
+
+
+def test_a_model_still_needs_its_configuration(recipe, tmp_path):
+    path = write_recipe(tmp_path, {"teacher": {"finetune": finetune_section(model="words")}})
+    with pytest.raises(UserError, match=r"words: not a model directory \(no config.json\)"):
+        check(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda words: (words / "tokenizer.json").unlink(), "no tokenizer in it"),
+        (
+            lambda words: (words / "tokenizer_config.json").unlink(),
+            "tokenizer_config.json: no such file: it says which",
+        ),
+        (lambda words: (words / "tokenizer_config.json").write_text("[]"), "not the configuration of a tokenizer"),
+        (
+            lambda words: change(words / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast", mask_token=None),
+            "tokenizer_config.json: names no mask_token, which masked language modelling needs",
+        ),
+    ],
+)
+def test_a_directory_that_gives_no_tokenizer_for_pretraining_is_named(recipe, tmp_path, spoil, message):
+    spoil(tmp_path / "words")
+    with pytest.raises(UserError) as caught:
+        check(recipe)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{recipe}:")
+
+
+def test_a_special_token_that_only_the_loaded_tokenizer_shows_to_be_missing_is_named(recipe, tmp_path):
+    (tmp_path / "words/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    with pytest.raises(UserError, match=f"words: this tokenizer has no {', '.join(SPECIAL_TOKENS)}, which"):
+        require_special_tokens(load_tokenizer(tmp_path / "words"))
