@@ -25,19 +25,16 @@ from typing import Any, Generic
 from engine.config import STAGE_FILE, ModelRef, Recipe, Section, load_recipe, references
 from engine.cpu import instructions
 from engine.errors import UserError, did_you_mean
+from engine.hashes import input_sha256, sha256
 from engine.rank import run_rank
 
 WORK_FILE = "work.json"
 """In the working directory of a stage: what the run that it belongs to is."""
 
 
-def sha256(path: Path) -> str:
-    """Returns the hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_directory(directory: Path, skip: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+def hash_directory(
+    directory: Path, skip: tuple[str, ...] = (), sha256: Callable[[Path], str] = sha256
+) -> dict[str, dict[str, Any]]:
     """Returns {relative path: {"sha256", "bytes"}} of every file below `directory`, sorted by path."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     names = {path.relative_to(directory).as_posix(): path for path in files}
@@ -183,9 +180,10 @@ class Stage(Generic[Section]):
                     raise UserError(f"{self.recipe.path}: stage '{self.name}' needs stage '{reference}', which has not finished")
                 entry["sha256"] = digest(finished["files"])
             elif isinstance(path, list):
-                entry["sha256"] = digest([[file.name, sha256(file)] for file in path])
+                entry["sha256"] = digest([[file.name, input_sha256(file)] for file in path])
             elif isinstance(path, Path):
-                entry["sha256"] = digest(hash_directory(path)) if path.is_dir() else sha256(path)
+                directory = path.is_dir()
+                entry["sha256"] = digest(hash_directory(path, sha256=input_sha256)) if directory else input_sha256(path)
         return found
 
     @property

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from engine import hashes
 from engine.data.batches import accumulation_steps, most_processes
 from engine.errors import USER_ERROR, UserError
 from engine.rank import ERROR_DIRECTORY, LOGS
@@ -161,6 +162,7 @@ def start(stage: Stage[Any], overrides: list[str], place: Place, supervision: Su
     environment = {**os.environ, **network(place), ERROR_DIRECTORY: str(records), "OMP_NUM_THREADS": threads}
     environment |= {} if gpus() else {"DS_ACCELERATOR": "cpu"}  # else DeepSpeed warns that it found no GPU
     environment |= {LOGS: "1"} if supervision.records else {}
+    hashes.leave(records)
     numbers = range(place.rank * processes, (place.rank + 1) * processes)
     return Ranks(command(stage, overrides, place, attempt), environment, numbers, records, bool(supervision.records))
 

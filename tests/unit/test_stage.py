@@ -2,12 +2,13 @@
 
 import errno
 import json
+import os
 import shutil
 import signal
 
 import pytest
 
-from engine import rank
+from engine import hashes, heartbeat, rank
 from engine.config import FileRef, ModelRef, Strict, load_recipe
 from engine.errors import PREEMPTED, USER_ERROR, UserError, disk_full
 from engine.stage import Stage, discard, hash_directory, publish, read_stage
@@ -93,6 +94,31 @@ def test_a_stage_is_run_again_after_the_one_that_it_reads_has_changed(make):
     shutil.rmtree(make().directory)
     run(make(), "something else")
     assert not make("second").finished()
+
+
+def test_an_input_is_hashed_once_for_all_processes_of_a_run_and_again_when_it_has_changed(make, tmp_path, monkeypatch):
+    read = []
+    plain = hashes.sha256
+    monkeypatch.setattr(hashes, "sha256", lambda path: read.append(path.name) or plain(path))
+    monkeypatch.setattr(hashes, "SETTLED", 0.0)
+    monkeypatch.setattr(hashes, "_known", {})
+    first = make().inputs
+    hashes.leave(tmp_path)
+    assert make().inputs == first
+    monkeypatch.setattr(hashes, "_known", {})  # a rank that has just started
+    monkeypatch.setenv(heartbeat.DIRECTORY, str(tmp_path))
+    assert make().inputs == first
+    assert read == ["in.txt"]
+    (tmp_path / "in.txt").write_text("two")
+    os.utime(tmp_path / "in.txt", ns=(1, 1))
+    assert make().inputs != first
+    assert read == ["in.txt", "in.txt"]
+
+
+def test_the_hash_of_a_file_that_has_just_been_written_is_not_kept(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(hashes, "_known", {})
+    assert make().inputs["source"]["sha256"]
+    assert hashes._known == {}
 
 
 def test_a_stage_says_which_one_it_waits_for(make):
