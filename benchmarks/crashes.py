@@ -36,7 +36,7 @@ from tests.recipes import finetune_section, pretrain_section, ragged_rows, train
 
 STEPS = 24
 KINDS_OF = {"base": "pretrain", "teacher": "finetune"}
-PRELOADED = ["deepspeed", "accelerate", "transformers", "torchmetrics", "torch.utils.tensorboard"]
+PRELOADED = ["deepspeed", "accelerate", "transformers", "torch.utils.tensorboard"]
 PRELOADED += ["engine.pretrain", "engine.finetune", "engine.loop"]
 PATIENCE = 120.0
 """Seconds after which a run that should have ended counts as failed."""

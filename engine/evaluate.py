@@ -1,8 +1,10 @@
-"""Evaluation: every example counted once, whatever the number of ranks."""
+"""Evaluation: every row answered once, whatever the number of ranks, by the answering half that serves later."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,8 +12,10 @@ import numpy as np
 import torch
 
 from engine import heartbeat
+from engine.answers import Answer, Arrays, Row, Run
+from engine.answers._batches import Recorder, answer_all
 from engine.data.batches import EVALUATION_BATCH, batches_by_length
-from engine.tasks.classification import Classification, Example
+from engine.tasks import Example, Task
 
 
 class Ranks(Protocol):
@@ -51,48 +55,109 @@ class Alone:
 ALONE = Alone()
 
 
-@torch.no_grad()
-def classifier_logits(
-    model: torch.nn.Module, task: Classification, examples: list[Example], ranks: Ranks = ALONE
-) -> tuple[np.ndarray, np.ndarray]:
-    """Runs this rank's share of the examples: every `processes`-th batch; all ranks run the same number of forward passes.
+def torch_run(model: torch.nn.Module, task: Task) -> Run:
+    """Returns `run(graph, arrays)` of a PyTorch model, one batch a call."""
+    device, graphs = next(model.parameters()).device, task.graphs
+
+    def run(graph: str, arrays: Arrays) -> Arrays:
+        batch = {name: torch.from_numpy(arrays[name]).to(device) for name in graphs[graph].inputs}
+        with torch.no_grad():
+            outputs = graphs[graph].forward(model, batch)
+        return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
+
+    return run
+
+
+class InStep:
+    """A `run` in which all ranks make the same number of forward passes: a sharded model needs every rank in each."""
+
+    def __init__(self, run: Run, ranks: Ranks) -> None:
+        self.run, self.ranks = run, ranks
+        self.last: tuple[str, Arrays] | None = None
+
+    def __call__(self, graph: str, arrays: Arrays) -> Arrays:
+        """Runs one batch."""
+        self.ranks.poll()
+        self.ranks.sum(1)
+        self.last = (graph, arrays)
+        return self.run(graph, arrays)
+
+    def finish(self, idle: Arrays) -> None:
+        """Joins the others until they have finished too; a rank that had nothing to do joins with `idle`."""
+        while True:
+            self.ranks.poll()
+            if not self.ranks.sum(0)[0]:
+                return
+            self.run(*(self.last or ("model", idle)))
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode and back as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def share_of_answers(model: torch.nn.Module, task: Task, rows: list[Row], ranks: Ranks = ALONE) -> list[Answer]:
+    """Returns the answers to this rank's share of the rows: every `processes`-th one.
 
     Args:
         model: in any mode; it is put back as it was.
+    """
+    run = InStep(torch_run(model, task), ranks)
+    with evaluating(model):
+        answers = answer_all(task.answers, run, rows[ranks.rank :: ranks.processes], EVALUATION_BATCH)
+        if ranks.processes > 1:
+            run.finish(task.answers.prepare(rows[:1]))
+    return answers
+
+
+def evaluate(model: torch.nn.Module, task: Task, rows: list[Row], ranks: Ranks = ALONE) -> tuple[dict[str, float], list[Answer]]:
+    """Returns (metrics, answers in the order of `rows`)."""
+    answers: list[Any] = [None] * len(rows)
+    for rank, share in enumerate(ranks.gather(share_of_answers(model, task, rows, ranks))):
+        answers[rank :: ranks.processes] = share
+    assert all(answer is not None for answer in answers), "every row is answered exactly once"
+    return task.answers.metrics(answers, rows), answers
+
+
+def outputs_of(model: torch.nn.Module, task: Task, rows: list[Row]) -> list[float]:
+    """Returns every number that the model's graphs give for a few rows."""
+    recorder = Recorder(torch_run(model, task))
+    with evaluating(model):
+        answer_all(task.answers, recorder, rows, EVALUATION_BATCH)
+    return recorder.values()
+
+
+@torch.no_grad()
+def outputs_of_examples(
+    model: torch.nn.Module, task: Task, examples: list[Example], ranks: Ranks = ALONE
+) -> tuple[np.ndarray, Arrays]:
+    """Runs this rank's share of encoded rows: every `processes`-th batch; all ranks run the same number of forward passes.
 
     Returns:
-        (row numbers, shape (n,); logits, shape (n, C)) of this rank's share.
+        (row numbers, shape (n,); outputs by name, each with n rows) of this rank's share.
     """
     batches = batches_by_length([len(example["input_ids"]) for example in examples], EVALUATION_BATCH)
-    rows, logits = [np.zeros(0, dtype=np.int64)], [np.zeros((0, len(task.labels)), dtype=np.float32)]
-    training = model.training
-    model.eval()
+    rows: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
+    outputs: dict[str, list[np.ndarray]] = {name: [] for name in task.outputs}
     device = next(model.parameters()).device
-    for turn in range(-(-len(batches) // ranks.processes)):
-        ranks.poll()
-        index = turn * ranks.processes + ranks.rank
-        chosen = batches[min(index, len(batches) - 1)]
-        batch = {k: v.to(device) for k, v in task.collate([examples[row] for row in chosen]).items()}
-        output = task.logits(model, batch).cpu().numpy()
-        if index < len(batches):
-            rows.append(chosen)
-            logits.append(output)
-    model.train(training)
-    return np.concatenate(rows), np.concatenate(logits)
-
-
-def evaluate_classifier(
-    model: torch.nn.Module, task: Classification, examples: list[Example], ranks: Ranks = ALONE
-) -> tuple[dict[str, float], np.ndarray]:
-    """Returns (metrics, logits in the order of `examples`, shape (N, C))."""
-    shares = ranks.gather(classifier_logits(model, task, examples, ranks))
-    logits_NC = np.zeros((len(examples), len(task.labels)), dtype=np.float32)
-    seen = np.zeros(len(examples), dtype=np.int64)
-    for rows, logits in shares:
-        logits_NC[rows] = logits
-        seen[rows] += 1
-    assert (seen == 1).all(), "every example is evaluated exactly once"
-    return task.metrics(logits_NC, np.asarray([example["label"] for example in examples])), logits_NC
+    with evaluating(model):
+        for turn in range(-(-len(batches) // ranks.processes)):
+            ranks.poll()
+            index = turn * ranks.processes + ranks.rank
+            chosen = batches[min(index, len(batches) - 1)]
+            batch = {k: v.to(device) for k, v in task.collate([examples[row] for row in chosen]).items()}
+            given = task.named(task.forward(model, batch))
+            if index < len(batches):
+                rows.append(chosen)
+                for name, parts in outputs.items():
+                    parts.append(given[name].cpu().numpy())
+    return np.concatenate(rows), {name: np.concatenate(parts) for name, parts in outputs.items() if parts}
 
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:

@@ -11,15 +11,16 @@ from pydantic import Field, model_validator
 
 from engine import heartbeat
 from engine.config import ModelRef
-from engine.data.splits import DataConfig, load_splits
+from engine.data.splits import DataConfig
 from engine.stage import Stage, stage_main
-from engine.tasks import ClassificationConfig
+from engine.tasks import AnyTask
 from engine.train_config import Trained
 
 if TYPE_CHECKING:
     from engine.checkpoint import TrainState
     from engine.data.rows import Prepared
     from engine.distributed import Processes
+    from engine.loop import Judge
 
 
 class FinetuneConfig(Trained):
@@ -29,7 +30,7 @@ class FinetuneConfig(Trained):
     """What to fine-tune: a stage, a directory, `package:NAME/path` or a hub id."""
     initialize: Literal["pretrained", "random"] = "pretrained"
     """`random` takes only the model's shape: the baseline that shows what pretraining is worth."""
-    task: ClassificationConfig
+    task: AnyTask
     data: DataConfig
     max_length: int = Field(128, ge=4)
     """Longest row in tokens, special tokens included; longer ones are cut and counted."""
@@ -48,30 +49,28 @@ def run(stage: Stage[FinetuneConfig]) -> None:
     stage.inputs  # noqa: B018 - missing inputs show before anything heavy is loaded
     import torch
 
-    from engine.data.rows import LabelledBatches, prepare
+    from engine.data.rows import LabelledBatches, load_rows, prepare
     from engine.distributed import Processes
-    from engine.loop import Fit, Judge
+    from engine.loop import Fit
     from engine.models import check_length, load_model, load_tokenizer, read_config, set_dropout
     from engine.randomness import torch_seed
-    from engine.tasks.classification import Classification
+    from engine.tasks import task_of_rows
 
     started = time.monotonic()
-    rows = load_splits(config.data, stage.recipe, config.task.text, config.task.columns, config.task.label_of)
+    rows = load_rows(config.task, config.data, stage.recipe)
     check_length(config.max_length, read_config(path), "max_length", path)
-    task = Classification(
-        config.task, Classification.find_labels(rows["train"], config.task), load_tokenizer(path), config.max_length
-    )
+    task = task_of_rows(config.task, rows["train"], load_tokenizer(path), config.max_length)
     data = prepare(rows, task)
     processes = Processes(config, stage.recipe, stage.partial)
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
-    model = load_model(path, "classification", labels=task.labels, random=config.initialize == "random")
+    model = load_model(path, task.head, settings=task.settings(), random=config.initialize == "random")
     if config.train.dropout is not None:
         set_dropout(model, config.train.dropout)
     if processes.main:
         stage.begin()
     processes.barrier()
     batches = LabelledBatches(data.examples["train"], task, config.train.batch_size, stage.seed)
-    judge = Judge(lambda model, ranks: data.evaluate(model, "validation", ranks)[0], "accuracy", True, data.probe)
+    judge = judge_of(data)
     save = saver(model, task.tokenizer)
     fit = Fit(processes, model, task.loss, batches, judge, save, stage.partial, stage.name, stage.seed)
     for note in [f"{processes.describe}; {data.describe}", *rows.notes]:
@@ -79,6 +78,15 @@ def run(stage: Stage[FinetuneConfig]) -> None:
     state = fit.run()
     hand_over(stage, processes, data, state, fit.weights, started)
     processes.close()
+
+
+def judge_of(data: Prepared) -> Judge:
+    """Returns how the progress of a fine-tuned model is measured: by the task's own metric on the validation rows."""
+    from engine.loop import Judge
+
+    metric = data.task.answers.metric
+    evaluate = lambda model, ranks: data.evaluate(model, "validation", ranks)[0]  # noqa: E731
+    return Judge(evaluate, metric.name, metric.higher_is_better, data.probe)
 
 
 def saver(model: Any, tokenizer: Any) -> Any:
@@ -97,20 +105,19 @@ def hand_over(stage: Stage[Any], processes: Processes, data: Prepared, state: Tr
     Raises:
         RuntimeError: the re-opened model gives other logits: the saved weights are not those of the run.
     """
-    from engine.evaluate import evaluate_classifier
+    from engine.evaluate import evaluate
     from engine.loop import same_logits
     from engine.models import load_model, size_of
 
     heartbeat.beat("finish")
-    model = load_model(weights, "classification").to(processes.device)
+    model = load_model(weights, data.task.head).to(processes.device)
     same_logits(data.probe(model), state.probe, weights)
-    metrics = data.judge(
-        lambda examples: evaluate_classifier(model, data.task, examples, processes), stage.output if processes.main else None
-    )
+    metrics = data.judge(lambda rows: evaluate(model, data.task, rows, processes), stage.output if processes.main else None)
     if processes.main:
         shutil.copytree(weights, stage.output, dirs_exist_ok=True)
         shutil.copy(stage.partial / "history.jsonl", stage.output)
         stage.complete(
+            metric=data.task.answers.metric._asdict(),
             metrics=metrics,
             **size_of(model),
             seconds={"training": round(state.seconds, 3), "this_run": round(time.monotonic() - started, 3)},

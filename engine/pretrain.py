@@ -105,7 +105,7 @@ def run(stage: Stage[PretrainConfig]) -> None:
         require_special_tokens(tokenizer)
         training, validation = _corpora(stage, tokenizer)
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
-    model = build_model(config.model, "masked_lm", rounded(len(tokenizer)), tokenizer.pad_token_id)
+    model = build_model(config.model, "AutoModelForMaskedLM", rounded(len(tokenizer)), tokenizer.pad_token_id)
     predict_frequencies(model, training)
     if config.train.dropout is not None:
         set_dropout(model, config.train.dropout)
@@ -161,7 +161,7 @@ def _publish(
     from engine.models import load_model, size_of
 
     heartbeat.beat("finish")
-    model = load_model(weights, "masked_lm").to(processes.device)
+    model = load_model(weights, "AutoModelForMaskedLM").to(processes.device)
     same_logits(held_out.probe(model), state.probe, weights)
     metrics = held_out.evaluate(model, ALONE)
     shutil.copytree(weights, stage.output, dirs_exist_ok=True)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.answers import Answers, Arrays, Row, Run
+from engine.answers._batches import Recorder
 from engine.cpu import instructions
 from engine.intervals import median_interval
 
-Arrays = dict[str, np.ndarray]
+Calls = list[tuple[str, Arrays]]
+"""What answering one row asks of a model: (graph, inputs), in order."""
+
+if TYPE_CHECKING:
+    from engine.tasks import Task
 
 INPUTS_PER_ROUND = 25
 """Inputs that one round measures: a few hundred milliseconds, short enough that a disturbance spoils few rounds."""
@@ -31,10 +37,11 @@ class Candidate:
     stage: str
     runtime: str
     precision: str
-    run: Callable[[Arrays], Any]
+    run: Callable[[Any], Any]
+    """Takes one of the inputs of `measure`."""
 
 
-def measure(candidates: list[Candidate], inputs: list[Arrays], rounds: int) -> dict[str, np.ndarray]:
+def measure(candidates: list[Candidate], inputs: Sequence[Any], rounds: int) -> dict[str, np.ndarray]:
     """Times every candidate over every input.
 
     Args:
@@ -66,20 +73,38 @@ def summary(times_R: np.ndarray) -> dict[str, float]:
     return {"median_ms": median.value, "low": median.low, "high": median.high, "p95_ms": float(np.percentile(times_R, 95))}
 
 
-def torch_candidate(stage: str, directory: Path, inputs: list[str], threads: int) -> Candidate:
+def calls_of(answers: Answers, run: Run, row: Row) -> Calls:
+    """Returns what answering one row asks of a model; other models are then asked the same."""
+    recorder = Recorder(run)
+    answers.answer(recorder, [row])
+    return [(graph, arrays) for graph, arrays, _ in recorder.calls]
+
+
+def replay(run: Run) -> Callable[[Calls], None]:
+    """Returns a function that makes the calls of one row: what a candidate's latency is measured with."""
+
+    def make(calls: Calls) -> None:
+        for graph, arrays in calls:
+            run(graph, arrays)
+
+    return make
+
+
+def torch_candidate(stage: str, directory: Path, task: Task, threads: int) -> Candidate:
     """Returns a model in PyTorch fp32, eager mode, with the attention that is faster on this hardware."""
     import torch
 
+    from engine.evaluate import torch_run
     from engine.models import load_model
 
     torch.set_num_threads(threads)
-    model = load_model(directory, "classification").eval()
+    run = replay(torch_run(load_model(directory, task.head).eval(), task))
 
-    def run(arrays: Arrays) -> Any:
+    def without_gradients(calls: Calls) -> None:
         with torch.inference_mode():
-            return model(**{name: torch.from_numpy(arrays[name]) for name in inputs}).logits.numpy()
+            run(calls)
 
-    return Candidate(f"{stage}/torch-fp32", stage, "torch", "fp32", run)
+    return Candidate(f"{stage}/torch-fp32", stage, "torch", "fp32", without_gradients)
 
 
 def benchmark_bundle(path: Path, threads: int = 2, rounds: int = 20) -> dict[str, Any]:
@@ -96,9 +121,9 @@ def benchmark_bundle(path: Path, threads: int = 2, rounds: int = 20) -> dict[str
     from export.serving.bundle import Bundle
 
     bundle = Bundle.open(path, threads=threads)
-    rows = bundle.golden()
-    inputs = [bundle.encode([row]) for row in rows]
-    engine = Candidate("engine", bundle.manifest.name, "onnxruntime", "", bundle.engine.run)
+    rows = [golden.row for golden in bundle.golden()]
+    inputs = [calls_of(bundle.answers, bundle.run, row) for row in rows]
+    engine = Candidate("engine", bundle.manifest.name, "onnxruntime", "", replay(bundle.run))
     times = measure([engine], inputs, rounds)["engine"]
     texts = []
     for row in (rows * (1 + rounds * INPUTS_PER_ROUND // len(rows)))[: rounds * INPUTS_PER_ROUND]:
@@ -106,11 +131,13 @@ def benchmark_bundle(path: Path, threads: int = 2, rounds: int = 20) -> dict[str
         bundle.predict([row])
         texts.append((time.perf_counter() - started) * 1e3)
     batches = {}
-    for batch in (size for size in BATCHES if size <= bundle.manifest.max_batch):
-        for length in (size for size in LENGTHS if size <= bundle.manifest.max_length):
-            arrays = {name: np.ones((batch, length), dtype=np.int64) for name in bundle.engine.inputs}
-            found = summary(measure([engine], [arrays], rounds)["engine"])
-            batches[f"{batch}×{length}"] = {**found, "rows_per_second": batch / found["median_ms"] * 1e3}
+    for graph, loaded in bundle.engines.items():
+        one = f"{graph} " if len(bundle.engines) > 1 else ""
+        for batch in (size for size in BATCHES if size <= bundle.manifest.max_batch):
+            for length in (size for size in LENGTHS if size <= bundle.manifest.max_length):
+                calls = [(graph, {name: np.ones((batch, length), dtype=np.int64) for name in loaded.inputs})]
+                found = summary(measure([engine], [calls], rounds)["engine"])
+                batches[f"{one}{batch}×{length}"] = {**found, "rows_per_second": batch / found["median_ms"] * 1e3}
     return {
         "threads": threads,
         "instructions": instructions(),

@@ -14,7 +14,7 @@ from engine.cpu import instructions
 from engine.data.readers import Row
 from engine.data.splits import DataConfig
 from engine.stage import Stage, lineage, read_stage, stage_main
-from engine.tasks import ClassificationConfig
+from engine.tasks import AnyTask
 from export.engines import Weights
 from export.engines.parity import ParityGates
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
 
-    from engine.tasks.classification import Classification, Example
-    from export.benchmark import Arrays, Candidate
+    from engine.answers import Answer, Answers
+    from engine.tasks import Task
+    from export.benchmark import Calls, Candidate
 
 Backend = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
 GOLDEN = 32
@@ -37,7 +38,7 @@ class ExportConfig(Strict):
 
     model: ModelRef
     """What to serve: a `quantize` stage (int8) or any stage or model directory (fp32)."""
-    task: ClassificationConfig
+    task: AnyTask
     data: DataConfig
     """Training rows give the length histogram; test rows, or else validation rows, accuracy, latency and golden inputs."""
     backends: list[Backend] = ["onnxruntime"]
@@ -58,21 +59,21 @@ class ExportConfig(Strict):
 class Source:
     """What is exported."""
 
-    graph: onnx.ModelProto
+    graphs: dict[str, onnx.ModelProto]
     precision: str
     reference: Path | str
-    """The float model that the graph was made from."""
+    """The float model that the graphs were made from."""
     weights: Weights | None = None
     """Form of int8 weights."""
 
 
-def find_source(stage: Stage[ExportConfig], path: Path | str, inputs: list[str]) -> Source:
-    """Returns the int8 graph of a `quantize` stage, or the graph of a float model."""
+def find_source(stage: Stage[ExportConfig], path: Path | str, task: Task) -> Source:
+    """Returns the int8 graphs of a `quantize` stage, or the graphs of a float model."""
     import onnx
 
     from engine.models import load_model
-    from export.compress.quantize import MODEL_FILE
-    from export.engines.graph import export_onnx, merge_projections
+    from export.compress.quantize import graph_file
+    from export.engines.graph import export_graphs, merge_projections
 
     record = read_stage(path) if isinstance(path, Path) else None
     # A model.onnx of somebody else may lie beside weights: only our own record says that it is their int8 graph.
@@ -80,14 +81,16 @@ def find_source(stage: Stage[ExportConfig], path: Path | str, inputs: list[str])
         before = record["inputs"]["model"]["reference"]
         beside = path.parent / before
         reference = beside if beside.is_dir() else stage.recipe.find_model(before)
-        return Source(onnx.load(path / MODEL_FILE), "int8", reference, record["section"].get("weights", "8bit"))
-    graph = export_onnx(load_model(path, "classification", attention="eager"), inputs)
-    merge_projections(graph)
-    return Source(graph, "fp32", path)
+        graphs = {name: onnx.load(path / graph_file(name)) for name in task.graphs}
+        return Source(graphs, "int8", reference, record["section"].get("weights", "8bit"))
+    graphs = export_graphs(load_model(path, task.head, attention="eager"), task)
+    for graph in graphs.values():
+        merge_projections(graph)
+    return Source(graphs, "fp32", path)
 
 
-def build_engines(config: ExportConfig, source: Source, lengths: np.ndarray, directory: Path) -> dict[str, Path]:
-    """Writes the ONNX file and compiles the other backends from it; returns {backend: file}.
+def build_engines(config: ExportConfig, source: Source, lengths: np.ndarray, directory: Path) -> dict[str, dict[str, Path]]:
+    """Writes the ONNX files and compiles the other backends from them; returns {graph: {backend: file}}.
 
     Raises:
         UserError: a backend's package is missing or refuses the model.
@@ -95,35 +98,38 @@ def build_engines(config: ExportConfig, source: Source, lengths: np.ndarray, dir
     """
     import onnx
 
-    from engine.models import read_config
+    from engine.models import positions_of, read_config
     from export.compress.quantize import tensorrt_form
     from export.engines.trt import Profile, build_engine, parse_network, quantized_matmuls, tensorrt_module
 
-    engines = {"onnxruntime": directory / "model.onnx"}
-    onnx.save(source.graph, engines["onnxruntime"])
     profile = Profile.of_lengths(lengths, config.max_batch, config.max_length)
-    positions = read_config(source.reference).max_position_embeddings
-    for backend in dict.fromkeys(config.backends):
-        if backend == "onnxruntime":
-            continue
-        trt = tensorrt_module(backend)
-        model = tensorrt_form(source.graph).SerializeToString()
-        parsed = parse_network(trt, model)
-        quantized, half = quantized_matmuls(trt, parsed.network)
-        if half or bool(quantized) != (source.precision == "int8"):
-            raise RuntimeError(f"{backend}: matrix products with two int8 inputs: {quantized}; with only one: {half}")
-        engines[backend] = directory / f"{backend}.engine"
-        engines[backend].write_bytes(build_engine(trt, parsed, profile, positions))
-        print(f"  {backend}: {len(quantized)} int8 matrix products, shapes (batch, length) {profile.shapes()}", flush=True)
+    positions = positions_of(read_config(source.reference).to_dict())
+    engines: dict[str, dict[str, Path]] = {}
+    for graph, model in source.graphs.items():
+        files = engines[graph] = {"onnxruntime": directory / f"{graph}.onnx"}
+        onnx.save(model, files["onnxruntime"])
+        for backend in dict.fromkeys(config.backends):
+            if backend == "onnxruntime":
+                continue
+            trt = tensorrt_module(backend)
+            parsed = parse_network(trt, tensorrt_form(model).SerializeToString())
+            quantized, half = quantized_matmuls(trt, parsed.network)
+            if half or bool(quantized) != (source.precision == "int8"):
+                raise RuntimeError(f"{backend}: matrix products with two int8 inputs: {quantized}; with only one: {half}")
+            files[backend] = directory / f"{graph}.{backend}.engine"
+            files[backend].write_bytes(build_engine(trt, parsed, profile, positions))
+            said = f"{len(quantized)} int8 matrix products, shapes (batch, length) {profile.shapes()}"
+            print(f"  {backend}: graph {graph}: {said}", flush=True)
     return engines
 
 
-def candidates_of(stage: Stage[ExportConfig], path: Path | str, engine: Candidate, inputs: list[str]) -> list[Candidate]:
+def candidates_of(stage: Stage[ExportConfig], path: Path | str, engine: Candidate, task: Task) -> list[Candidate]:
     """Returns the engine, the baseline in PyTorch and ONNX Runtime, and the float stages on the way in ONNX Runtime."""
     from engine.models import load_model
-    from export.benchmark import Candidate, torch_candidate
-    from export.engines.graph import export_onnx
+    from export.benchmark import Candidate, replay, torch_candidate
+    from export.engines.graph import export_graphs
     from export.engines.ort import OrtEngine
+    from export.engines.parity import run_of
 
     config = stage.config
     records = lineage(path) if isinstance(path, Path) else {}
@@ -131,17 +137,17 @@ def candidates_of(stage: Stage[ExportConfig], path: Path | str, engine: Candidat
     found = [engine]
     if config.baseline is not None:
         baseline = Path(stage.recipe.find_model(config.baseline))
-        found.append(torch_candidate(config.baseline, baseline, inputs, config.threads))
+        found.append(torch_candidate(config.baseline, baseline, task, config.threads))
         directories = {str(config.baseline): baseline, **directories}
     for name, directory in directories.items():
-        graph = export_onnx(load_model(directory, "classification", attention="eager"), inputs)
-        float_engine = OrtEngine(graph.SerializeToString(), config.threads)
-        found.append(Candidate(f"{name}/onnx-fp32", name, "onnxruntime", "fp32", float_engine.run))
+        graphs = export_graphs(load_model(directory, task.head, attention="eager"), task)
+        run = run_of({graph: OrtEngine(model.SerializeToString(), config.threads) for graph, model in graphs.items()})
+        found.append(Candidate(f"{name}/onnx-fp32", name, "onnxruntime", "fp32", replay(run)))
     return found
 
 
 def run_benchmark(
-    stage: Stage[ExportConfig], candidates: list[Candidate], inputs: list[Arrays]
+    stage: Stage[ExportConfig], candidates: list[Candidate], inputs: list[Calls]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measures all candidates side by side.
 
@@ -174,42 +180,40 @@ def run_benchmark(
 
 
 def compare(
-    config: ExportConfig, baseline: Path, task: Classification, examples: list[Example], logits_NC: np.ndarray, size: int
+    config: ExportConfig, baseline: Path, task: Task, rows: list[Row], answers: list[Answer], size: int
 ) -> dict[str, Any]:
-    """Returns what the engine loses and saves against the baseline: accuracy in points with its paired interval, weight bytes.
+    """Returns what the engine loses and saves against the baseline: the metric, with its paired interval where it has one.
 
     Args:
-        logits_NC: of the engine for `examples`.
+        answers: of the engine to `rows`.
         size: bytes of the engine's weights.
     """
-    import numpy as np
-
-    from engine.evaluate import evaluate_classifier
+    from engine.evaluate import evaluate
     from engine.intervals import paired_bootstrap_drop
     from engine.models import load_model, size_of
 
-    labels_N = np.asarray([example["label"] for example in examples])
-    model = load_model(baseline, "classification")
-    _, baseline_NC = evaluate_classifier(model, task, examples)
-    drop = paired_bootstrap_drop(baseline_NC.argmax(1) == labels_N, logits_NC.argmax(1) == labels_N)
+    judge, metric = task.answers, task.answers.metric
+    model = load_model(baseline, task.head)
+    metrics, before = evaluate(model, task, rows)
+    if metric.counted:
+        drop: dict[str, float] = paired_bootstrap_drop(judge.right(before, rows), judge.right(answers, rows))._asdict()
+    else:
+        lost = metrics[metric.name] - judge.metrics(answers, rows)[metric.name]
+        drop = {"value": lost if metric.higher_is_better else -lost}
     return {
         "baseline": config.baseline,
-        "accuracy_drop_points": {**drop._asdict(), "n": len(examples)},
+        f"{metric.name}_drop_points": {**drop, "n": len(rows)},
         "weight_bytes_ratio": size / size_of(model)["weight_bytes"],
     }
 
 
-def golden_rows(config: ClassificationConfig, rows: list[Row], examples: list[Example], reference_NC: np.ndarray) -> list[Row]:
-    """Returns GOLDEN rows spread evenly over the lengths, shortest and longest included, with the float model's logits."""
+def golden_rows(answers: Answers, rows: list[Row], lengths: list[int]) -> list[Row]:
+    """Returns GOLDEN rows spread evenly over the lengths, shortest and longest included: the inputs alone."""
     import numpy as np
 
-    order = np.argsort([len(example["input_ids"]) for example in examples], kind="stable")
+    order = np.argsort(lengths, kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, min(GOLDEN, len(order))).astype(int)]
-    columns = {"text": config.text, **({"text_pair": config.text_pair} if config.text_pair else {})}
-    return [
-        {**{key: str(rows[row][column]) for key, column in columns.items()}, "reference": reference_NC[row].tolist()}
-        for row in chosen
-    ]
+    return [{name: str(rows[row][column]) for name, column in answers.columns.items()} for row in chosen]
 
 
 def run(stage: Stage[ExportConfig]) -> None:
@@ -220,54 +224,59 @@ def run(stage: Stage[ExportConfig]) -> None:
     import numpy as np
 
     from engine.data.rows import prepare_for_model
-    from engine.evaluate import evaluate_classifier
+    from engine.evaluate import evaluating, torch_run
     from engine.models import load_model, size_of
-    from export.benchmark import Candidate
+    from export.benchmark import Candidate, calls_of, replay
     from export.engines.graph import weight_bytes
     from export.engines.ort import OrtEngine
-    from export.engines.parity import check_parity, evaluate_engine
-    from export.serving.bundle import write_bundle
+    from export.engines.parity import check_parity, evaluate_engine, observe, run_of
+    from export.serving.write import write_bundle
 
     started = time.monotonic()
-    rows, data = prepare_for_model(config, stage.recipe, path)
-    task = data.task
-    judged = "test" if "test" in data.examples else "validation"
-    examples = data.examples[judged]
-    source = find_source(stage, path, task.inputs)
+    data = prepare_for_model(config, stage.recipe, path)
+    task, answers = data.task, data.task.answers
+    judged = "test" if "test" in data.rows else "validation"
+    rows = data.rows[judged]
+    source = find_source(stage, path, task)
     stage.begin()
     work = stage.partial / "engines"
     work.mkdir(exist_ok=True)
     engines = build_engines(config, source, np.asarray([len(e["input_ids"]) for e in data.examples["train"]]), work)
-    engine = OrtEngine(engines["onnxruntime"], config.threads, wide=source.weights == "8bit")
-    reference = load_model(source.reference, "classification", attention="eager")
-    _, reference_NC = evaluate_classifier(reference, task, examples)
-    parity = check_parity(engine, task, examples, reference_NC, config.gates)
-    metrics = data.judge(lambda examples: evaluate_engine(engine, task, examples), stage.output)
+    wide = source.weights == "8bit"
+    engine = run_of({name: OrtEngine(files["onnxruntime"], config.threads, wide=wide) for name, files in engines.items()})
+    reference = load_model(source.reference, task.head, attention="eager")
+    with evaluating(reference):
+        parity = check_parity(
+            engine, answers, rows, observe(torch_run(reference, task), answers, rows), config.gates, config.max_length
+        )
+    metrics = data.judge(lambda rows: evaluate_engine(engine, answers, rows), stage.output)
 
-    inputs = [{name: task.collate([example])[name].numpy() for name in task.inputs} for example in examples[:LATENCY_INPUTS]]
-    candidate = Candidate(f"{stage.name}/engine", stage.name, "onnxruntime", source.precision, engine.run)
-    benchmark, comparison = run_benchmark(stage, candidates_of(stage, path, candidate, task.inputs), inputs)
-    size = weight_bytes(source.graph)
+    inputs = [calls_of(answers, engine, row) for row in rows[:LATENCY_INPUTS]]
+    candidate = Candidate(f"{stage.name}/engine", stage.name, "onnxruntime", source.precision, replay(engine))
+    benchmark, comparison = run_benchmark(stage, candidates_of(stage, path, candidate, task), inputs)
+    size = sum(weight_bytes(graph) for graph in source.graphs.values())
     if config.baseline is not None:
         baseline = Path(stage.recipe.find_model(config.baseline))
-        _, logits_NC = evaluate_engine(engine, task, examples)
-        comparison |= compare(config, baseline, task, examples, logits_NC, size)
+        comparison |= compare(config, baseline, task, rows, evaluate_engine(engine, answers, rows)[1], size)
+    golden = golden_rows(answers, rows, [len(example["input_ids"]) for example in data.examples[judged]])
     write_bundle(
         stage.output,
         name=stage.recipe.name,
-        task=config.task,
-        labels=task.labels,
+        task=config.task.type,
+        facts=answers.facts,
         max_length=config.max_length,
         max_batch=config.max_batch,
         tokenizer=Path(path),
         engines=engines,
         weights=source.weights,
-        golden=golden_rows(config.task, rows[judged], examples, reference_NC),
+        golden=golden,
+        reference=torch_run(reference.eval(), task),
         parity=parity,
         benchmark=benchmark,
         provenance={"recipe": stage.recipe.name, "stage": stage.name, "seed": stage.seed, "inputs": stage.inputs},
     )
     stage.complete(
+        metric=answers.metric._asdict(),
         metrics=metrics,
         parameters=size_of(reference)["parameters"],
         weight_bytes=size,

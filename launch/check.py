@@ -76,7 +76,7 @@ def _check_rows(stage: Stage[Any], source: SourceConfig, columns: dict[str, Cell
     found = list(rows)
     task = getattr(stage.config, "task", None)
     if task is not None and source is stage.config.data.train:
-        task.check_labels({row[task.label] for row in found}, rows.complete)
+        task.check_rows(found, rows.complete)
     return rows.describe
 
 

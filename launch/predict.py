@@ -56,10 +56,11 @@ def predict(bundle: Bundle, texts: list[str], source: Path | None, target: Path 
     """
     if texts and source:
         raise UserError("give either texts or --input, not both")
+    first = next(iter(bundle.answers.columns))
     total = sum(1 for _ in _checked(bundle, source)) if source else len(texts) or None
     if total == 0:
         raise UserError(f"{source}: no rows")
-    rows: Iterable[Row] = _checked(bundle, source) if source else ({"text": text} for text in texts or _lines(sys.stdin))
+    rows: Iterable[Row] = _checked(bundle, source) if source else ({first: text} for text in texts or _lines(sys.stdin))
     # A person who types wants an answer after every line.
     size = 1 if not texts and not source and sys.stdin.isatty() else CHUNK
     with _output(target) as file, _progress(total) as advance:
@@ -92,10 +93,8 @@ def _checked(bundle: Bundle, source: Path | None) -> Iterator[Row]:
     assert source is not None
     if not source.is_file():
         raise UserError(f"{source}: no such file")
-    task = bundle.manifest.task
-    columns = [(column, key) for column, key in ((task.text, "text"), (task.text_pair, "text_pair")) if column]
     for line, row in parse_file(source):
-        for column, key in columns:
+        for key, column in bundle.answers.columns.items():
             found = column if column in row else key
             try:
                 text = text_cell(row.get(found))
@@ -110,8 +109,8 @@ def _checked(bundle: Bundle, source: Path | None) -> Iterator[Row]:
 def _line(bundle: Bundle, row: Row, prediction: dict[str, Any], as_json: bool, unicode: bool) -> str:
     if as_json:
         return json.dumps({"input": row, **prediction}, ensure_ascii=not unicode, default=str)
-    text = row.get(bundle.manifest.task.text, row.get("text"))
-    return f"{prediction['label']}\t{prediction['score']:.4f}\t{text}"
+    texts = [str(row.get(column, row.get(key))) for key, column in bundle.answers.columns.items()]
+    return "\t".join([bundle.answers.line(prediction), *texts])
 
 
 @contextlib.contextmanager

@@ -19,7 +19,6 @@ from engine.models.weights import read_headers, weight_files
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Head = Literal["classification", "masked_lm"]
 _OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "xlm-roberta-xl", "data2vec-text")
 STRUCTURE_KEY = "bothways_structure"
 """config.json key of a physically smaller model: kept heads and FFN neurons per layer."""
@@ -44,7 +43,7 @@ class ScratchConfig(Strict):
         return self
 
 
-def _auto_class(head: Head) -> Any:
+def _auto_class(head: str) -> Any:
     import transformers
     from transformers.utils import logging
 
@@ -52,10 +51,7 @@ def _auto_class(head: Head) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-    return {
-        "classification": transformers.AutoModelForSequenceClassification,
-        "masked_lm": transformers.AutoModelForMaskedLM,
-    }[head]
+    return getattr(transformers, head)
 
 
 def default_attention() -> str:
@@ -65,7 +61,7 @@ def default_attention() -> str:
     return "sdpa" if torch.cuda.is_available() else "eager"
 
 
-def build_model(shape: ScratchConfig, head: Head, vocab_size: int, pad_id: int, attention: str | None = None) -> PreTrainedModel:
+def build_model(shape: ScratchConfig, head: str, vocab_size: int, pad_id: int, attention: str | None = None) -> PreTrainedModel:
     """Returns a randomly initialised model; draw with torch.manual_seed before calling."""
     from transformers import AutoConfig
 
@@ -80,7 +76,7 @@ def build_model(shape: ScratchConfig, head: Head, vocab_size: int, pad_id: int, 
         pad_token_id=pad_id,
     )
     model = _auto_class(head).from_config(config, attn_implementation=attention or default_attention())
-    if head == "masked_lm":
+    if head == "AutoModelForMaskedLM":
         from engine.models.vocabulary import VocabularyProjection
 
         model.get_output_embeddings().__class__ = VocabularyProjection
@@ -104,18 +100,18 @@ def read_config(model: Path | str) -> Any:
 
 def load_model(
     model: Path | str,
-    head: Head,
+    head: str,
     attention: str | None = None,
-    labels: list[str] | None = None,
+    settings: dict[str, Any] | None = None,
     random: bool = False,
 ) -> PreTrainedModel:
     """Loads a model with the given head; a head that the weights lack is initialised at random.
 
     Args:
         model: directory or hub id.
-        head: what the model is for.
+        head: what the model is for: the class of transformers, as in AutoModelForSequenceClassification.
         attention: transformers' attention implementation; None chooses by hardware.
-        labels: names of the classes, when they are not in the model's own configuration.
+        settings: entries of the configuration that replace the model's own, as the size of its head.
         random: take only the shape and initialise every weight at random.
 
     Raises:
@@ -130,10 +126,8 @@ def load_model(
     config = read_config(model)
     config.dtype = torch.float32  # whatever the weights were saved in: training keeps fp32 weights
     attention = attention or default_attention()
-    if labels is not None:
-        config.num_labels = len(labels)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: index for index, label in enumerate(labels)}
+    for key, value in (settings or {}).items():
+        setattr(config, key, value)
     auto = _auto_class(head)
     try:
         if random or getattr(config, STRUCTURE_KEY, None):

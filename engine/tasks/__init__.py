@@ -1,56 +1,276 @@
-"""Fine-tuning tasks, one file each. A task encodes rows, gives the loss as (sum, count) and judges predictions."""
+"""The training half of every task, one file each: its section of the recipe, examples, loss, and what a student imitates.
+
+A file holds two classes: `Config` and `Task`; torch is imported inside functions only, so that a recipe is checked without it.
+Its answering half, of the same name, lies in `engine.answers`. A package that is installed beside this one brings tasks of its
+own by the entry points `bothways.tasks` and `bothways.answers`.
+
+Shapes: N rows, B rows of a batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any, Literal
+import abc
+import importlib
+import importlib.metadata
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import field_validator
+from pydantic import BeforeValidator, SerializeAsAny, ValidationError
+from pydantic_core import PydanticCustomError
 
+from engine.answers import MODEL, Row, answering
 from engine.config import Strict
-from engine.data.cells import Cell, label_cell, refuse_scores, text_cell
+from engine.data.cells import Cell
 from engine.errors import UserError, did_you_mean
 
+if TYPE_CHECKING:
+    import torch
 
-class ClassificationConfig(Strict):
-    """One label for a text, or for a pair of texts."""
+    Batch = dict[str, torch.Tensor]
 
-    type: Literal["classification"]
-    text: str = "text"
-    """Column of the text."""
-    text_pair: str | None = None
-    """Column of the second text of a pair (entailment, paraphrase)."""
-    label: str = "label"
-    """Column of the label."""
-    names: dict[str, str] = {}
-    """Names to show instead of the file's labels, as in {"0": negative, "1": positive}."""
+GROUP = "bothways.tasks"
+"""Entry points of packages that bring tasks of their own: name of the task → module of its training half."""
+Example = dict[str, Any]
+"""An encoded row; holds at least `input_ids`."""
+Facts = dict[str, Any]
+"""What a task has to know beside its section, JSON-able: learnt from the training rows, or read from a fine-tuned model."""
 
-    @field_validator("names", mode="before")
-    @classmethod
-    def _labels_are_text(cls, value: Any) -> Any:
-        return {str(key): name for key, name in value.items()} if isinstance(value, dict) else value
 
-    def label_of(self, row: dict[str, Any]) -> str | None:
-        """Returns the name of a row's label, None for an unlabelled row."""
-        value = row.get(self.label)
-        return None if value is None else self.names.get(str(value), str(value))
+@dataclass(frozen=True)
+class Graph:
+    """A part of a model that an engine runs: `run(name, arrays)` of the answering half."""
 
-    def check_labels(self, labels: Collection[str], complete: bool) -> None:
-        """Looks at the labels of the training rows, as the file has them.
+    inputs: list[str]
+    """Names in order; each int64 of shape (batch, length)."""
+    outputs: list[str]
+    """Names in order, float32."""
+    forward: Callable[[Any, Batch], Batch]
+    """(model, inputs by name) → outputs by name."""
+
+
+class TaskConfig(Strict):
+    """Base of a task's section: `type` names its file."""
+
+    type: str
+
+    @property
+    def columns(self) -> dict[str, Cell]:
+        """The columns that every row must fill, and what is made of their cells."""
+        raise NotImplementedError
+
+    @property
+    def split_by(self) -> str:
+        """The column whose hash decides to which split a row belongs."""
+        return next(iter(self.columns))
+
+    def class_of(self, row: Row) -> Any:
+        """Returns the class of a row, None where there are none: shares leave every class a row to train on."""
+        return None
+
+    def check_rows(self, rows: list[Row], complete: bool) -> None:
+        """Looks at the training rows, or at the first of them.
 
         Args:
             complete: no others will follow.
 
         Raises:
-            UserError: numbers that are scores, or `names` for labels that are not there.
+            UserError: rows that are meant for another task.
         """
-        refuse_scores(labels, self.label)
-        unused = next((label for label in self.names if label not in labels), None)
-        if complete and unused is not None:
-            raise UserError(f"task.names: '{unused}' is no label of column '{self.label}'{did_you_mean(unused, sorted(labels))}")
+
+    def unlabelled(self, text: str) -> Row:
+        """Returns a row that holds a text alone, for a teacher to label.
+
+        Raises:
+            UserError: the task needs more than one text.
+        """
+        raise UserError(f"task.type={self.type}: rows of this task are more than one text: leave transfer out")
+
+
+class Task(abc.ABC):
+    """One task's training half.
+
+    Args:
+        config: its section.
+        facts: from `learn` or `recall`.
+        tokenizer: a fast tokenizer of transformers; it is saved beside the model.
+        max_length: longer rows are cut to this many tokens; `truncated` counts them.
+    """
+
+    head: ClassVar[str]
+    """The class of transformers that makes the model, as in AutoModelForSequenceClassification."""
+    says: ClassVar[str]
+    """What a fine-tuned model of the task is, as in "a classifier"."""
+
+    def __init__(self, config: Any, facts: Facts, tokenizer: Any, max_length: int) -> None:
+        self.config, self.facts, self.tokenizer, self.max_length = config, facts, tokenizer, max_length
+        self.truncated = 0
+        self.answers: Any = answering(config.type)({**config.model_dump(mode="json"), **facts}, limited(tokenizer, max_length))
+
+    @classmethod
+    @abc.abstractmethod
+    def learn(cls, config: Any, rows: list[Row]) -> Facts:
+        """Returns what the training rows tell.
+
+        Raises:
+            UserError: nothing can be learnt from them.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def recall(cls, config: Any, model: Any) -> Facts:
+        """Returns the same from the configuration of a fine-tuned model, where `settings` left it."""
+
+    @abc.abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Returns the entries of the model's configuration: the size of its head, and what `recall` reads."""
 
     @property
-    def columns(self) -> dict[str, Cell]:
-        """The columns that every row must fill, and what is made of their cells."""
-        pair = {self.text_pair: text_cell} if self.text_pair else {}
-        return {self.text: text_cell, **pair, self.label: label_cell}
+    def inputs(self) -> list[str]:
+        """Names of the model's inputs, in order."""
+        names = ["input_ids", "attention_mask", "token_type_ids"]
+        return [name for name in names if name in self.tokenizer.model_input_names]
+
+    outputs: ClassVar[list[str]]
+    """Names of the tensors that `named` gives."""
+
+    @abc.abstractmethod
+    def encode(self, rows: list[Row]) -> list[Example]:
+        """Tokenizes rows in order; a row without its truth is a row for a teacher.
+
+        Raises:
+            UserError: a truth that the task cannot take; names file and line of a row that was read from one.
+        """
+
+    @abc.abstractmethod
+    def collate(self, examples: list[Example]) -> Batch:
+        """Pads examples to the longest: the model's inputs and the targets."""
+
+    @abc.abstractmethod
+    def count(self, batch: Batch) -> int:
+        """Returns the number of valid targets: what `loss` counts."""
+
+    def forward(self, model: Any, batch: Batch, **options: Any) -> Any:
+        """Returns what the model returns."""
+        return model(**{name: batch[name] for name in self.inputs}, **options)
+
+    @abc.abstractmethod
+    def named(self, output: Any) -> Batch:
+        """Returns the tensors of `outputs` from what `forward` returned, float32."""
+
+    @abc.abstractmethod
+    def loss_of(self, outputs: Batch, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the loss as (sum over valid targets, number of valid targets)."""
+
+    @property
+    def graphs(self) -> dict[str, Graph]:
+        """The parts that are exported, by name; by default one, the whole model."""
+        return {MODEL: Graph(self.inputs, self.outputs, lambda model, batch: self.named(self.forward(model, batch)))}
+
+    def loss(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns `loss_of` for a batch."""
+        return self.loss_of(self.named(self.forward(model, batch)), batch)
+
+    @classmethod
+    def made_up_loss(cls, model: Any, rows: int, length: int) -> torch.Tensor:
+        """Returns a loss of rows of `length` tokens that mean nothing: `bothways plan` measures what it takes."""
+        import torch
+
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().sum()
+
+    @abc.abstractmethod
+    def imitation(self, outputs: Batch, teacher: Batch, temperature: float) -> torch.Tensor:
+        """Returns how far a student is from its teacher, summed over rows; its unit is that of the loss."""
+
+
+def limited(tokenizer: Any, max_length: int) -> Any:
+    """Returns a copy of a transformers tokenizer's inside (`tokenizers.Tokenizer`) that truncates to `max_length` and pads.
+
+    Raises:
+        UserError: it has no padding token.
+    """
+    from tokenizers import Tokenizer
+
+    from engine.answers._texts import limit
+
+    inside = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    try:
+        limit(inside, max_length, tokenizer.pad_token, tokenizer.truncation_side)
+    except KeyError:
+        raise UserError(f"{tokenizer.name_or_path}: its tokenizer has no padding token: name one (pad_token)") from None
+    return inside
+
+
+def own() -> dict[str, str]:
+    """Returns {task: module} of the files of this folder."""
+    return {info.name: f"{__name__}.{info.name}" for info in pkgutil.iter_modules(__path__)}
+
+
+def known() -> dict[str, str]:
+    """Returns {task: module} of the files of this folder and of installed packages (`GROUP`)."""
+    return {point.name: point.value for point in importlib.metadata.entry_points(group=GROUP)} | own()
+
+
+def module_of(task: str) -> Any:
+    """Imports the training half of a task.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    found = own().get(task) or known().get(task)
+    if found is None:
+        raise UserError(f"unknown task '{task}'{did_you_mean(task, list(known()))}")
+    try:
+        return importlib.import_module(found)
+    except ImportError as error:
+        raise UserError(f"task '{task}' cannot be imported from {found}: {error}") from None
+
+
+def _config(value: Any) -> Any:
+    """Validates a section by the class that its `type` names."""
+    if not isinstance(value, dict):
+        return value
+    task = value.get("type")
+    if not isinstance(task, str):
+        raise _wrong_type("missing" if task is None else "string_type", task)
+    try:
+        chosen = module_of(task).Config
+    except UserError as error:
+        raise _wrong_type(PydanticCustomError("task_type", "{message}", {"message": str(error)}), task) from None
+    return chosen.model_validate(value)
+
+
+def _wrong_type(kind: Any, task: Any) -> ValidationError:
+    return ValidationError.from_exception_data("task", [{"type": kind, "loc": ("type",), "input": task}])
+
+
+AnyTask = Annotated[SerializeAsAny[TaskConfig], BeforeValidator(_config)]
+"""The section of any installed task; only the file that it names is imported."""
+
+
+def task_class(config: TaskConfig) -> type[Task]:
+    """Returns the training half that a section names."""
+    return module_of(config.type).Task
+
+
+def task_of_rows(config: TaskConfig, rows: list[Row], tokenizer: Any, max_length: int) -> Task:
+    """Returns the task as its training rows tell it, for a model that is fine-tuned from now on."""
+    chosen = task_class(config)
+    return chosen(config, chosen.learn(config, rows), tokenizer, max_length)
+
+
+def task_of_model(config: TaskConfig, model: Path | str, max_length: int) -> Task:
+    """Returns the task as a fine-tuned model does it: its tokenizer, its labels.
+
+    Raises:
+        UserError: the model's positions do not reach max_length.
+    """
+    from engine.models import check_length, load_tokenizer, read_config
+
+    about = read_config(model)
+    check_length(max_length, about, "max_length", model)
+    chosen = task_class(config)
+    return chosen(config, chosen.recall(config, about), load_tokenizer(model), max_length)

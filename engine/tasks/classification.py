@@ -1,76 +1,110 @@
-"""Text classification: a softmax over labels on top of the pooled first token.
+"""Text classification, the training half: a softmax over labels on top of the pooled first token.
 
 Shapes: B rows, L tokens, C classes.
 """
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from torch.nn import functional
+from pydantic import field_validator
 
-from engine.data.readers import Row
+from engine import tasks
+from engine.answers import Row
+from engine.answers._texts import identity, texts_of
+from engine.answers.classification import OUTPUT, label_of
+from engine.data.cells import Cell, label_cell, refuse_scores, text_cell
 from engine.data.sources import PlacedRow
 from engine.errors import UserError, did_you_mean
-from engine.models import check_length, load_tokenizer, read_config
-from engine.tasks import ClassificationConfig
+from engine.tasks import Example, Facts
 
-Example = dict[str, Any]
+if TYPE_CHECKING:
+    import torch
+
+    from engine.tasks import Batch
+
+AT_ONCE = 4096
+"""Rows tokenized at a time."""
 
 
-class Classification:
-    """The classification task.
+class Config(tasks.TaskConfig):
+    """One label for a text, or for a pair of texts."""
 
-    Args:
-        config: columns.
-        labels: class names in the order of their ids.
-        tokenizer: a fast tokenizer of transformers.
-        max_length: longer rows are cut to this many tokens; `truncated` counts them.
-    """
+    type: Literal["classification"]
+    text: str = "text"
+    """Column of the text."""
+    text_pair: str | None = None
+    """Column of the second text of a pair (entailment, paraphrase)."""
+    label: str = "label"
+    """Column of the label."""
+    names: dict[str, str] = {}
+    """Names to show instead of the file's labels, as in {"0": negative, "1": positive}."""
 
-    head = "classification"
+    @field_validator("names", mode="before")
+    @classmethod
+    def _labels_are_text(cls, value: Any) -> Any:
+        return {str(key): name for key, name in value.items()} if isinstance(value, dict) else value
 
-    def __init__(self, config: ClassificationConfig, labels: list[str], tokenizer: Any, max_length: int) -> None:
-        self.config = config
-        self.labels = labels
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.truncated = 0
+    @property
+    def columns(self) -> dict[str, Cell]:
+        """The columns that every row must fill, and what is made of their cells."""
+        pair = {self.text_pair: text_cell} if self.text_pair else {}
+        return {self.text: text_cell, **pair, self.label: label_cell}
 
-    @staticmethod
-    def find_labels(rows: list[Row], config: ClassificationConfig) -> list[str]:
+    def class_of(self, row: Row) -> str | None:
+        return label_of(row, self.label, self.names)
+
+    def check_rows(self, rows: list[Row], complete: bool) -> None:
+        """Looks at the labels of the training rows, as the file has them.
+
+        Raises:
+            UserError: numbers that are scores, or `names` for labels that are not there.
+        """
+        labels = {str(row[self.label]) for row in rows}
+        refuse_scores(labels, self.label)
+        unused = next((label for label in self.names if label not in labels), None)
+        if complete and unused is not None:
+            raise UserError(f"task.names: '{unused}' is no label of column '{self.label}'{did_you_mean(unused, sorted(labels))}")
+
+    def unlabelled(self, text: str) -> Row:
+        return super().unlabelled(text) if self.text_pair else {self.text: text}
+
+
+class Task(tasks.Task):
+    """The classification task. Facts: `labels`, class names in the order of their ids."""
+
+    head = "AutoModelForSequenceClassification"
+    says = "a classifier"
+    outputs = [OUTPUT]
+
+    @classmethod
+    def learn(cls, config: Config, rows: list[Row]) -> Facts:
         """Returns the sorted labels of the training rows.
 
         Raises:
             UserError: fewer than two, numbers that are scores, or `names` for labels that are not there.
         """
-        config.check_labels({str(row[config.label]) for row in rows}, complete=True)
-        labels = sorted({str(config.label_of(row)) for row in rows})
+        config.check_rows(rows, complete=True)
+        labels = sorted({str(config.class_of(row)) for row in rows})
         if len(labels) < 2:
             raise UserError(f"column '{config.label}' holds only the label {labels}: a classifier needs at least two")
-        return labels
+        return {"labels": labels}
 
     @classmethod
-    def of_model(cls, config: ClassificationConfig, model: Path | str, max_length: int) -> Classification:
-        """Returns the task as a fine-tuned model does it: its tokenizer, its labels.
+    def recall(cls, config: Config, model: Any) -> Facts:
+        labels = [model.id2label[index] for index in range(model.num_labels)]
+        if len(set(labels)) < max(2, len(labels)):
+            raise UserError(f"the model's labels (id2label) are {labels}: a classifier needs two or more, each of them once")
+        return {"labels": labels}
 
-        Raises:
-            UserError: the model's positions do not reach max_length.
-        """
-        about = read_config(model)
-        check_length(max_length, about, "max_length", model)
-        labels = [about.id2label[index] for index in range(about.num_labels)]
-        return cls(config, labels, load_tokenizer(model), max_length)
-
-    @property
-    def inputs(self) -> list[str]:
-        """Names of the model's inputs, in order."""
-        names = ["input_ids", "attention_mask", "token_type_ids"]
-        return [name for name in names if name in self.tokenizer.model_input_names]
+    def settings(self) -> dict[str, Any]:
+        labels = self.answers.labels
+        return {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+        }
 
     def encode(self, rows: list[Row]) -> list[Example]:
         """Tokenizes rows in order.
@@ -81,34 +115,33 @@ class Classification:
         Raises:
             UserError: a label that training never saw; names file and line of a row that was read from one.
         """
-        config = self.config
-        texts = [str(row[config.text]) for row in rows]
-        pairs = [str(row[config.text_pair]) for row in rows] if config.text_pair else None
-        encoded = self.tokenizer(texts, pairs, truncation=False, add_special_tokens=True, verbose=False)
-        self.truncated += sum(len(ids) > self.max_length for ids in encoded["input_ids"])
-        if any(len(ids) > self.max_length for ids in encoded["input_ids"]):
-            encoded = self.tokenizer(texts, pairs, truncation=True, max_length=self.max_length)
-        number = {label: index for index, label in enumerate(self.labels)}
+        answers, labels = self.answers, self.answers.labels
+        number = {label: index for index, label in enumerate(labels)}
         examples = []
-        for index, row in enumerate(rows):
-            label = config.label_of(row)
-            if label is not None and label not in number:
-                where = f"{row.path}:{row.line}: " if isinstance(row, PlacedRow) else ""
-                raise UserError(f"{where}label '{label}' is not among the training labels{did_you_mean(label, self.labels)}")
-            key = "\t".join([texts[index], *([pairs[index]] if pairs else [])])
-            ids = encoded["input_ids"][index]
-            examples.append(
-                {
-                    "input_ids": ids,
-                    "token_type_ids": encoded["token_type_ids"][index] if "token_type_ids" in encoded else [0] * len(ids),
-                    "label": None if label is None else number[label],
-                    "id": hashlib.sha256(key.encode()).hexdigest()[:16],
-                }
-            )
+        for start in range(0, len(rows), AT_ONCE):
+            chunk = rows[start : start + AT_ONCE]
+            for row, encoding in zip(chunk, answers.encode(chunk), strict=True):
+                label = answers.truth(row)
+                if label is not None and label not in number:
+                    where = f"{row.path}:{row.line}: " if isinstance(row, PlacedRow) else ""
+                    raise UserError(f"{where}label '{label}' is not among the training labels{did_you_mean(label, labels)}")
+                self.truncated += bool(encoding.overflowing)
+                real = np.flatnonzero(encoding.attention_mask)
+                part = slice(real[0], real[-1] + 1)
+                examples.append(
+                    {
+                        "input_ids": encoding.ids[part],
+                        "token_type_ids": encoding.type_ids[part],
+                        "label": None if label is None else number[label],
+                        "id": identity(texts_of(row, answers.columns)),
+                    }
+                )
         return examples
 
-    def collate(self, examples: list[Example]) -> dict[str, torch.Tensor]:
+    def collate(self, examples: list[Example]) -> Batch:
         """Pads examples to the longest: input_ids, attention_mask, token_type_ids (B, L); labels (B,), -100 if none."""
+        import torch
+
         length = max(len(example["input_ids"]) for example in examples)
         ids = np.full((len(examples), length), self.tokenizer.pad_token_id, dtype=np.int64)
         mask, types = np.zeros_like(ids), np.zeros_like(ids)
@@ -121,38 +154,33 @@ class Classification:
         arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "labels": np.asarray(labels)}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
-    def logits(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def count(self, batch: Batch) -> int:
+        return int((batch["labels"] >= 0).sum())
+
+    def named(self, output: Any) -> Batch:
         """Returns the class scores before the softmax, shape (B, C), float32."""
-        return model(**{name: batch[name] for name in self.inputs}).logits.float()
+        return {OUTPUT: output.logits.float()}
 
-    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss_of(self, outputs: Batch, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross entropy: (sum over labelled rows, number of labelled rows)."""
-        logits_BC = self.logits(model, batch)
-        return functional.cross_entropy(logits_BC, batch["labels"], reduction="sum"), (batch["labels"] >= 0).sum()
+        from torch.nn import functional
 
-    def metrics(self, logits_NC: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
-        """Returns accuracy and macro F1 in percent, mean loss in nats, and the number of examples."""
-        from torchmetrics.functional.classification import multiclass_f1_score
+        labels_B = batch["labels"]
+        return functional.cross_entropy(outputs[OUTPUT], labels_B, reduction="sum"), (labels_B >= 0).sum()
 
-        logits, labels = torch.from_numpy(logits_NC), torch.from_numpy(labels_N)
-        predicted = logits.argmax(dim=1)
-        f1 = multiclass_f1_score(predicted, labels, num_classes=len(self.labels), average="macro")
-        return {
-            "accuracy": 100.0 * float((predicted == labels).double().mean()),
-            "f1_macro": 100.0 * float(f1),
-            "loss": float(functional.cross_entropy(logits, labels)),
-            "examples": len(labels),
-        }
+    @classmethod
+    def made_up_loss(cls, model: Any, rows: int, length: int) -> torch.Tensor:
+        import torch
+        from torch.nn import functional
 
-    def predictions(self, examples: list[Example], logits_NC: np.ndarray) -> list[dict[str, Any]]:
-        """Returns one record per example: id, label, prediction, scores (softmax)."""
-        scores = torch.from_numpy(logits_NC).softmax(dim=1).numpy()
-        return [
-            {
-                "id": example["id"],
-                "label": self.labels[example["label"]],
-                "prediction": self.labels[int(row.argmax())],
-                "scores": [round(float(score), 6) for score in row],
-            }
-            for example, row in zip(examples, scores, strict=True)
-        ]
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        logits_BC = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return functional.cross_entropy(logits_BC.float(), torch.zeros(rows, dtype=torch.int64), reduction="sum")
+
+    def imitation(self, outputs: Batch, teacher: Batch, temperature: float) -> torch.Tensor:
+        """Σ over rows of T² × KL(teacher ‖ student) of the softened distributions (Hinton et al. 2015, arXiv:1503.02531)."""
+        from torch.nn import functional
+
+        student = functional.log_softmax(outputs[OUTPUT] / temperature, dim=1)
+        target = functional.log_softmax(teacher[OUTPUT].float() / temperature, dim=1)
+        return temperature**2 * functional.kl_div(student, target, reduction="sum", log_target=True)

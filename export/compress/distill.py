@@ -1,13 +1,14 @@
 """Distillation: a smaller student learns from a teacher's scores, and optionally from its layers.
 
-Soft targets with temperature follow Hinton et al. 2015 (arXiv:1503.02531): KL divergence × T² beside the cross entropy of the
-labels. Layer matching compares hidden states and attention maps (TinyBERT, arXiv:1909.10351). The same stage is the recovery
-training of a pruned model: its student is then the pruned model itself.
+Soft targets with temperature follow Hinton et al. 2015 (arXiv:1503.02531), beside the loss of the labels; what a student
+imitates is the task's. Layer matching compares hidden states and attention maps (TinyBERT, arXiv:1909.10351). The same stage is
+the recovery training of a pruned model: its student is then the pruned model itself.
 """
 
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,18 +18,20 @@ from pydantic import Field, model_validator
 from engine.config import ModelRef, Strict
 from engine.data.cells import text_cell
 from engine.data.sources import SourceConfig, read_rows
-from engine.data.splits import DataConfig, load_splits
+from engine.data.splits import DataConfig
 from engine.errors import UserError
 from engine.stage import Stage, stage_main
-from engine.tasks import ClassificationConfig
+from engine.tasks import AnyTask, Example, Task
 from engine.train_config import Trained
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
+    from engine.answers import Arrays
     from engine.distributed import Batch, Processes
-    from engine.tasks.classification import Classification, Example
+
+TEACHER = "teacher_"
+"""Prefix of the teacher's outputs in a batch."""
 
 
 class StudentConfig(Strict):
@@ -59,7 +62,7 @@ class DistillConfig(Trained):
 
     teacher: ModelRef
     student: StudentConfig = StudentConfig()
-    task: ClassificationConfig
+    task: AnyTask
     data: DataConfig
     transfer: TransferConfig | None = None
     """More texts, without labels."""
@@ -67,9 +70,9 @@ class DistillConfig(Trained):
     temperature: float = Field(2.0, gt=0)
     """Softens both distributions."""
     soft: float = Field(0.9, ge=0)
-    """Weight of the soft targets (KL × T²)."""
+    """Weight of the soft targets; for classes KL × T²."""
     hard: float = Field(0.1, ge=0)
-    """Weight of the labels' cross entropy, on labelled rows."""
+    """Weight of the task's own loss, on labelled rows."""
     hidden: float = Field(0.0, ge=0)
     """Weight of the mean squared error between hidden states of matched layers; runs the teacher in every step."""
     attention: float = Field(0.0, ge=0)
@@ -142,11 +145,11 @@ class DistillationLoss:
 
     Args:
         config: weights and temperature.
-        task: computes logits.
-        teacher: needed only when layers are matched; otherwise the batch brings `teacher_logits` (B, C).
+        task: computes outputs and what a student imitates of them.
+        teacher: needed only when layers are matched; the batch brings its outputs as `teacher_<name>`.
     """
 
-    def __init__(self, config: DistillConfig, task: Classification, teacher: torch.nn.Module | None) -> None:
+    def __init__(self, config: DistillConfig, task: Task, teacher: torch.nn.Module | None) -> None:
         self.config, self.task, self.teacher = config, task, teacher
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,9 +158,10 @@ class DistillationLoss:
 
         config = self.config
         output = self._forward(model, batch)
-        total = classification_loss(
-            output.logits.float(), batch["teacher_logits"], batch["labels"], config.temperature, config.soft, config.hard
-        )
+        outputs = self.task.named(output)
+        teacher = {name: batch[f"{TEACHER}{name}"] for name in outputs}
+        total = config.soft * self.task.imitation(outputs, teacher, config.temperature)
+        total = total + config.hard * self.task.loss_of(outputs, batch)[0]
         if self.teacher is not None:
             with torch.no_grad():
                 target = self._forward(self.teacher, batch)
@@ -167,24 +171,11 @@ class DistillationLoss:
             if config.attention:
                 maps = [(own.mean(dim=1), other.mean(dim=1)) for own, other in matched(output.attentions, target.attentions)]
                 total = total + config.attention * token_mse(maps, batch["attention_mask"])
-        return total, torch.tensor(len(batch["labels"]), device=total.device)
+        return total, torch.tensor(len(batch["input_ids"]), device=total.device)
 
     def _forward(self, model: torch.nn.Module, batch: Batch) -> Any:
-        named = {name: batch[name] for name in self.task.inputs}
         matching = self.teacher is not None
-        return model(**named, output_hidden_states=matching, output_attentions=matching)
-
-
-def classification_loss(
-    logits_BC: torch.Tensor, teacher_BC: torch.Tensor, labels_B: torch.Tensor, temperature: float, soft: float, hard: float
-) -> torch.Tensor:
-    """Returns Σ over rows of soft × T² × KL(teacher ‖ student) + hard × cross entropy; label -100 has no second term."""
-    from torch.nn import functional
-
-    student = functional.log_softmax(logits_BC / temperature, dim=1)
-    target = functional.log_softmax(teacher_BC.float() / temperature, dim=1)
-    divergence = functional.kl_div(student, target, reduction="sum", log_target=True)
-    return soft * temperature**2 * divergence + hard * functional.cross_entropy(logits_BC, labels_B, reduction="sum")
+        return self.task.forward(model, batch, output_hidden_states=matching, output_attentions=matching)
 
 
 def matched(own: tuple[Any, ...], teacher: tuple[Any, ...]) -> list[tuple[Any, Any]]:
@@ -206,26 +197,30 @@ def token_mse(pairs: list[tuple[torch.Tensor, torch.Tensor]], mask_BL: torch.Ten
     return torch.stack(losses).mean()
 
 
-def teacher_logits(model: Any, task: Classification, examples: list[Example], processes: Processes, path: Path) -> np.ndarray:
-    """Returns the teacher's logits for every example, shape (N, C); computed once, then read from `path`."""
+def teacher_outputs(model: Any, task: Task, examples: list[Example], processes: Processes, directory: Path) -> Arrays:
+    """Returns the teacher's outputs for every example by `teacher_<name>`; computed once, then read from `directory`."""
     import numpy as np
     import torch
 
-    from engine.evaluate import classifier_logits
+    from engine.evaluate import outputs_of_examples
 
-    if not path.exists():
+    if not directory.exists():
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=processes.precision == "bf16"):
-            share = classifier_logits(model.to(processes.device), task, examples, processes)
+            share = outputs_of_examples(model.to(processes.device), task, examples, processes)
         shares = processes.gather(share)
         if processes.main:
-            logits = np.zeros((len(examples), len(task.labels)), dtype=np.float32)
-            for rows, values in shares:
-                logits[rows] = values
-            part = path.with_suffix(".tmp.npy")
-            np.save(part, logits)
-            part.rename(path)
+            part = directory.with_suffix(".tmp")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            for name in task.outputs:
+                given = [(rows, outputs[name]) for rows, outputs in shares if len(rows)]
+                whole = np.zeros((len(examples), *given[0][1].shape[1:]), dtype=np.float32)
+                for rows, values in given:
+                    whole[rows] = values
+                np.save(part / f"{name}.npy", whole)
+            part.rename(directory)
         processes.barrier()
-    return np.load(path)
+    return {f"{TEACHER}{name}": np.load(directory / f"{name}.npy") for name in task.outputs}
 
 
 def run(stage: Stage[DistillConfig]) -> None:
@@ -233,26 +228,26 @@ def run(stage: Stage[DistillConfig]) -> None:
     config = stage.config
     teacher_path = stage.recipe.find_model(config.teacher)
     stage.inputs  # noqa: B018 - missing inputs show before anything heavy is loaded
-    from engine.data.rows import LabelledBatches, prepare
+    from engine.data.rows import LabelledBatches, load_rows, prepare
     from engine.distributed import Processes
-    from engine.finetune import hand_over, saver
-    from engine.loop import Fit, Judge
+    from engine.finetune import hand_over, judge_of, saver
+    from engine.loop import Fit
     from engine.models import load_model, set_dropout
-    from engine.tasks.classification import Classification
+    from engine.tasks import task_of_model
 
     started = time.monotonic()
-    rows = load_splits(config.data, stage.recipe, config.task.text, config.task.columns, config.task.label_of)
+    rows = load_rows(config.task, config.data, stage.recipe)
     # Fused attention kernels do not give their maps away.
     attention = "eager" if config.attention else None
-    teacher = load_model(teacher_path, "classification", attention=attention).eval()
-    task = Classification.of_model(config.task, teacher_path, config.max_length)
-    held_out = {str(row[config.task.text]) for name in ("validation", "test") for row in rows.get(name, [])}
+    task = task_of_model(config.task, teacher_path, config.max_length)
+    teacher = load_model(teacher_path, task.head, attention=attention).eval()
+    held_out = {str(row[config.task.split_by]) for name in ("validation", "test") for row in rows.get(name, [])}
     texts = transfer_texts(config.transfer, stage, held_out) if config.transfer else []
-    rows["train"] += [{config.task.text: text} for text in texts]
+    rows["train"] += [config.task.unlabelled(text) for text in texts]
     data = prepare(rows, task)
     processes = Processes(config, stage.recipe, stage.partial)
     student_path = stage.recipe.find_model(config.student.model) if config.student.model else teacher_path
-    student = load_model(student_path, "classification", attention=attention)
+    student = load_model(student_path, task.head, attention=attention)
     if config.student.layers is not None:
         keep_layers(student, layers_to_keep(config.student.layers, student.config.num_hidden_layers))
     if config.train.dropout is not None:
@@ -260,10 +255,10 @@ def run(stage: Stage[DistillConfig]) -> None:
     if processes.main:
         stage.begin()
     processes.barrier()
-    logits = teacher_logits(teacher, task, data.examples["train"], processes, stage.partial / "teacher_logits.npy")
+    said = teacher_outputs(teacher, task, data.examples["train"], processes, stage.partial / "teacher")
     matching = teacher.to(processes.device) if config.hidden or config.attention else None
-    batches = LabelledBatches(data.examples["train"], task, config.train.batch_size, stage.seed, {"teacher_logits": logits})
-    judge = Judge(lambda model, ranks: data.evaluate(model, "validation", ranks)[0], "accuracy", True, data.probe)
+    batches = LabelledBatches(data.examples["train"], task, config.train.batch_size, stage.seed, said)
+    judge = judge_of(data)
     loss = DistillationLoss(config, task, matching)
     fit = Fit(processes, student, loss, batches, judge, saver(student, task.tokenizer), stage.partial, stage.name, stage.seed)
     for note in [f"{processes.describe}; {data.describe}; {len(texts):,} transfer texts", *rows.notes]:

@@ -16,12 +16,10 @@ from engine.config import ModelRef, Strict
 from engine.data.splits import DataConfig
 from engine.errors import UserError
 from engine.stage import Stage, stage_main
-from engine.tasks import ClassificationConfig
+from engine.tasks import AnyTask, Example, Task
 
 if TYPE_CHECKING:
     import torch
-
-    from engine.tasks.classification import Classification, Example
 
 BATCH = 32
 """Rows per backward pass."""
@@ -31,8 +29,8 @@ class PruneConfig(Strict):
     """Section of a `prune` stage."""
 
     model: ModelRef
-    """What to prune: a stage or a model directory with a classification head."""
-    task: ClassificationConfig
+    """What to prune: a stage or a model directory that was fine-tuned."""
+    task: AnyTask
     data: DataConfig
     """Training rows rank heads and neurons; validation and test rows measure the loss of accuracy."""
     heads: int | None = Field(None, ge=1)
@@ -50,7 +48,7 @@ class PruneConfig(Strict):
         return self
 
 
-def importance(model: Any, task: Classification, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+def importance(model: Any, task: Task, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the importance of every head, shape (layers, heads), and of every FFN neuron, shape (layers, neurons)."""
     import torch
 
@@ -111,14 +109,14 @@ def run(stage: Stage[PruneConfig]) -> None:
     path = stage.recipe.find_model(config.model)
     stage.inputs  # noqa: B018 - missing inputs show before anything heavy is loaded
     from engine.data.rows import prepare_for_model
-    from engine.evaluate import evaluate_classifier
+    from engine.evaluate import evaluate
     from engine.models import load_model, size_of
     from engine.models.structure import shrink
 
     started = time.monotonic()
-    model = load_model(path, "classification")
-    _, data = prepare_for_model(config, stage.recipe, path, config.examples)
+    data = prepare_for_model(config, stage.recipe, path, config.examples)
     task = data.task
+    model = load_model(path, task.head)
     head_scores, neuron_scores = importance(model, task, data.examples["train"])
     heads, neurons = strongest(head_scores, config.heads, "heads"), strongest(neuron_scores, config.neurons, "neurons")
     stage.begin()
@@ -126,10 +124,11 @@ def run(stage: Stage[PruneConfig]) -> None:
     model.save_pretrained(stage.output)
     task.tokenizer.save_pretrained(stage.output)
     # What is judged is what was saved.
-    model = load_model(stage.output, "classification")
-    metrics = data.judge(lambda examples: evaluate_classifier(model, task, examples), stage.output)
+    model = load_model(stage.output, task.head)
+    metrics = data.judge(lambda rows: evaluate(model, task, rows), stage.output)
     print(f"  kept {len(heads[0])} heads and {len(neurons[0])} FFN neurons in each of {len(heads)} layers", flush=True)
     stage.complete(
+        metric=task.answers.metric._asdict(),
         metrics=metrics,
         **size_of(model),
         kept={"heads": heads, "neurons": neurons},

@@ -22,7 +22,7 @@ from pydantic import Field
 from engine.config import ModelRef, Strict
 from engine.data.splits import DataConfig
 from engine.stage import Stage, stage_main
-from engine.tasks import ClassificationConfig
+from engine.tasks import AnyTask, Example, Task
 from export.engines import Weights
 
 if TYPE_CHECKING:
@@ -30,22 +30,23 @@ if TYPE_CHECKING:
 
     import onnx
 
-    from engine.tasks.classification import Classification, Example
-
 CALIBRATION_BATCH = 32
 """Most rows per calibration run; they have the same length, so that no padding is looked at."""
 PAIR_LIMIT = 128
 """Largest sum of two neighbouring weights of one sign: an activation of up to 255 times it stays below 2¹⁵."""
-MODEL_FILE = "model.onnx"
-"""Name of the graph in the directory of a `quantize` stage."""
+
+
+def graph_file(graph: str) -> str:
+    """Returns the name of a graph's file in the directory of a `quantize` stage."""
+    return f"{graph}.onnx"
 
 
 class QuantizeConfig(Strict):
     """Section of a `quantize` stage."""
 
     model: ModelRef
-    """What to quantize: a stage or a model directory with a classification head."""
-    task: ClassificationConfig
+    """What to quantize: a stage or a model directory that was fine-tuned."""
+    task: AnyTask
     data: DataConfig
     """Training rows calibrate; validation and test rows measure the loss of accuracy."""
     examples: int = Field(512, ge=1)
@@ -57,7 +58,7 @@ class QuantizeConfig(Strict):
     max_length: int = Field(128, ge=4)
 
 
-def activation_ranges(model: onnx.ModelProto, task: Classification, examples: list[Example]) -> dict[str, float]:
+def activation_ranges(model: onnx.ModelProto, task: Task, examples: list[Example]) -> dict[str, float]:
     """Runs real rows through a float model and watches what its weights are multiplied with.
 
     Args:
@@ -219,29 +220,33 @@ def run(stage: Stage[QuantizeConfig]) -> None:
 
     from engine.data.rows import prepare_for_model
     from engine.models import load_model, read_config, size_of
-    from export.engines.graph import export_onnx, merge_projections, weight_bytes
+    from export.engines.graph import export_graphs, merge_projections, weight_bytes
     from export.engines.ort import OrtEngine
-    from export.engines.parity import evaluate_engine
+    from export.engines.parity import evaluate_engine, run_of
 
     started = time.monotonic()
-    _, data = prepare_for_model(config, stage.recipe, path, config.examples)
+    data = prepare_for_model(config, stage.recipe, path, config.examples)
     task = data.task
-    model = load_model(path, "classification", attention="eager")
-    graph = export_onnx(model, task.inputs)
-    merge_projections(graph)
-    quantize_matmuls(graph, activation_ranges(graph, task, data.examples["train"]), config.weights)
-    quantize_embeddings(graph)
-    onnx.checker.check_model(graph)
+    model = load_model(path, task.head, attention="eager")
+    graphs = export_graphs(model, task)
+    for graph in graphs.values():
+        merge_projections(graph)
+        quantize_matmuls(graph, activation_ranges(graph, task, data.examples["train"]), config.weights)
+        quantize_embeddings(graph)
+        onnx.checker.check_model(graph)
     stage.begin()
-    onnx.save(graph, stage.output / MODEL_FILE)
+    for name, graph in graphs.items():
+        onnx.save(graph, stage.output / graph_file(name))
     read_config(path).save_pretrained(stage.output)
     task.tokenizer.save_pretrained(stage.output)
-    engine = OrtEngine(stage.output / MODEL_FILE, wide=config.weights == "8bit")
-    metrics = data.judge(lambda examples: evaluate_engine(engine, task, examples), stage.output)
+    wide = config.weights == "8bit"
+    engines = run_of({name: OrtEngine(stage.output / graph_file(name), wide=wide) for name in graphs})
+    metrics = data.judge(lambda rows: evaluate_engine(engines, task.answers, rows), stage.output)
     stage.complete(
+        metric=task.answers.metric._asdict(),
         metrics=metrics,
         parameters=size_of(model)["parameters"],
-        weight_bytes=weight_bytes(graph),
+        weight_bytes=sum(weight_bytes(graph) for graph in graphs.values()),
         seconds={"this_run": round(time.monotonic() - started, 3)},
     )
 

@@ -14,11 +14,14 @@ Weights = Literal["portable", "8bit"]
 
 
 class Engine(Protocol):
-    """A loaded inference engine."""
+    """A loaded inference engine: one graph of a model."""
 
     inputs: list[str]
     """Names of its inputs: input_ids, attention_mask and, for some models, token_type_ids."""
 
-    def run(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
-        """Runs one batch of int64 arrays of shape (B, L); returns float32 logits of shape (B, C)."""
+    outputs: list[str]
+    """Names of its outputs."""
+
+    def run(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs one batch: the inputs by name (others are left alone) → the outputs by name."""
         ...

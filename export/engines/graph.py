@@ -1,6 +1,6 @@
 """Model → ONNX with dynamic batch and sequence, and the rewrites that all engines profit from.
 
-Shapes: B rows, L tokens, C classes.
+Shapes: B rows, L tokens.
 """
 
 from __future__ import annotations
@@ -15,55 +15,63 @@ import onnx
 import torch
 from onnx import numpy_helper
 
+from engine.answers._batches import MASK
+from engine.tasks import Graph, Task
+
 OPSET = 20
 """Opset 23 has an Attention operator that TensorRT-RTX parses but cannot build."""
-OUTPUT = "logits"
 
 
-class _Classifier(torch.nn.Module):
-    """The model as its graph is wanted: 0/1 mask in, logits out, the additive mask computed by three nodes."""
+class _Traced(torch.nn.Module):
+    """A graph as it is wanted: 0/1 mask in, named tensors out, the additive mask computed by three nodes."""
 
-    def __init__(self, model: Any, inputs: list[str]) -> None:
+    def __init__(self, model: Any, graph: Graph) -> None:
         super().__init__()
         self.model = model
-        self.inputs = inputs
+        self.graph = graph
 
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
-        named = dict(zip(self.inputs, tensors, strict=True))
-        mask_BL = named.pop("attention_mask")
-        lowest = torch.finfo(torch.float32).min
-        mask = (1.0 - mask_BL[:, None, None, :].to(torch.float32)) * lowest
-        return self.model(**named, attention_mask=mask).logits
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        named = dict(zip(self.graph.inputs, tensors, strict=True))
+        if MASK in named:
+            lowest = torch.finfo(torch.float32).min
+            named[MASK] = (1.0 - named[MASK][:, None, None, :].to(torch.float32)) * lowest
+        outputs = self.graph.forward(self.model, named)
+        return tuple(outputs[name] for name in self.graph.outputs)
 
 
-def export_onnx(model: Any, inputs: list[str]) -> onnx.ModelProto:
-    """Traces a classifier with dynamic batch and sequence.
+def export_graphs(model: Any, task: Task) -> dict[str, onnx.ModelProto]:
+    """Returns every graph of a task by name; see `export_onnx`."""
+    return {name: export_onnx(model, graph) for name, graph in task.graphs.items()}
+
+
+def export_onnx(model: Any, graph: Graph) -> onnx.ModelProto:
+    """Traces one graph with dynamic batch and sequence.
 
     Args:
         model: of transformers, loaded with attention "eager": fused attention adds nodes that engines do not know.
-        inputs: names in order, of input_ids, attention_mask and token_type_ids; each int64 of shape (B, L).
+        graph: what of it is traced; its inputs are among input_ids, attention_mask and token_type_ids.
 
     Returns:
-        an ONNX model with float32 output "logits" of shape (B, C).
+        an ONNX model with the inputs and outputs of the graph.
     """
     from optimum.utils import DummyTextInputGenerator, NormalizedTextConfig
 
     shape = NormalizedTextConfig(model.config)
     generator = DummyTextInputGenerator("text-classification", shape, batch_size=2, sequence_length=16)
-    dummies = tuple(generator.generate(name, framework="pt") for name in inputs)
+    dummies = tuple(generator.generate(name, framework="pt") for name in graph.inputs)
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     training = model.training
     model.eval()
     with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            _Classifier(model, inputs).eval(),
+            _Traced(model, graph).eval(),
             dummies,
             dynamo=True,
             opset_version=OPSET,
-            input_names=inputs,
-            output_names=[OUTPUT],
-            dynamic_shapes=((axes,) * len(inputs),),
+            input_names=graph.inputs,
+            output_names=graph.outputs,
+            dynamic_shapes=((axes,) * len(graph.inputs),),
             verbose=False,
         )
     model.train(training)

@@ -38,13 +38,26 @@ def session(model: Path | bytes, threads: int | None = None, wide: bool = False)
         raise UserError(f"{where} cannot be loaded by ONNX Runtime: {str(error).splitlines()[0]}") from None
 
 
+TYPES = {"tensor(int64)": "int64", "tensor(float)": "float32"}
+
+
 class OrtEngine:
-    """A classifier loaded by ONNX Runtime; arguments and errors are those of `session`."""
+    """A graph loaded by ONNX Runtime; arguments and errors are those of `session`."""
 
     def __init__(self, model: Path | bytes, threads: int | None = None, wide: bool = False) -> None:
         self.session = session(model, threads, wide)
         self.inputs = [item.name for item in self.session.get_inputs()]
+        self.outputs = [item.name for item in self.session.get_outputs()]
 
-    def run(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
-        """Runs one batch of int64 arrays of shape (B, L); returns float32 logits of shape (B, C)."""
-        return self.session.run(["logits"], {name: arrays[name] for name in self.inputs})[0]
+    def signature(self) -> dict[str, list[dict[str, Any]]]:
+        """Returns {"inputs" | "outputs": [{"name", "dtype", "shape": sizes, or names of the axes that vary}]}."""
+        sides = {"inputs": self.session.get_inputs(), "outputs": self.session.get_outputs()}
+        return {
+            side: [{"name": item.name, "dtype": TYPES.get(item.type, item.type), "shape": list(item.shape)} for item in items]
+            for side, items in sides.items()
+        }
+
+    def run(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs one batch: the inputs by name (others are left alone) → the outputs by name."""
+        given = self.session.run(self.outputs, {name: arrays[name] for name in self.inputs})
+        return dict(zip(self.outputs, given, strict=True))

@@ -1,96 +1,136 @@
-"""Gates between an engine and the model that it came from.
+"""Gates between the engines of a model and the model that they came from: answer by answer, output by output.
 
-Shapes: N rows, C classes.
+Shapes: N rows.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from engine.answers import Answer, Answers, Row, Run
+from engine.answers._batches import AT_ONCE, Recorder, answer_all, batched, padded
 from engine.config import Fraction, Strict
-from engine.data.batches import EVALUATION_BATCH, batches_by_length
+from engine.data.batches import EVALUATION_BATCH
 from engine.errors import UserError
 from export.engines import Engine
 
-if TYPE_CHECKING:
-    from engine.tasks.classification import Classification, Example
+Outputs = dict[tuple[int, int, str, str], np.ndarray]
+"""What the graphs gave: {(chunk of rows, call, graph, output): array}."""
 
 
 class ParityGates(Strict):
     """How far an engine may stray from the model that it came from."""
 
     agreement: Fraction = 0.95
-    """Smallest share of rows for which both predict the same label."""
+    """Smallest share of rows for which both give the same answer; for classes, the same label."""
     invariance: float = 1e-3
-    """Largest change of a logit, relative to the spread of all logits, when a row shares its batch with others or is padded."""
+    """Largest change of an output, relative to the spread of its values, when a row shares its batch with others or is padded."""
 
 
-def engine_logits(engine: Engine, task: Classification, examples: list[Example], batch: int, length: int = 0) -> np.ndarray:
-    """Returns the logits of every example, shape (N, C).
+def run_of(engines: Mapping[str, Engine]) -> Run:
+    """Returns `run(graph, arrays)` of loaded engines by graph, one batch a call."""
+    return lambda graph, arrays: engines[graph].run(arrays)
+
+
+def evaluate_engine(run: Run, answers: Answers, rows: list[Row]) -> tuple[dict[str, float], list[Answer]]:
+    """Returns (metrics, answers) of rows that hold the truth."""
+    given = answer_all(answers, run, rows, EVALUATION_BATCH)
+    return answers.metrics(given, rows), given
+
+
+def observe(run: Run, answers: Answers, rows: list[Row], batch: int = EVALUATION_BATCH) -> tuple[list[Answer], Outputs]:
+    """Returns the answers and everything that the graphs gave for them.
 
     Args:
-        batch: rows per call, of similar length.
-        length: pad every batch to at least so many tokens.
+        batch: rows per call.
     """
-    logits_NC = np.zeros((len(examples), len(task.labels)), dtype=np.float32)
-    for rows in batches_by_length([len(example["input_ids"]) for example in examples], batch):
-        arrays = task.collate([examples[row] for row in rows])
-        missing = max(0, length - arrays["input_ids"].shape[1])
-        padding = {"input_ids": task.tokenizer.pad_token_id}
-        padded = {
-            name: np.pad(arrays[name].numpy(), ((0, 0), (0, missing)), constant_values=padding.get(name, 0))
-            for name in engine.inputs
-        }
-        logits_NC[rows] = engine.run(padded)
-    return logits_NC
+    given: list[Answer] = []
+    outputs: Outputs = {}
+    for chunk, start in enumerate(range(0, len(rows), AT_ONCE)):
+        recorder = Recorder(batched(run, batch))
+        given += answers.answer(recorder, rows[start : start + AT_ONCE])
+        outputs |= {(chunk, *key): array for key, array in recorder.named().items()}
+    return given, outputs
 
 
-def evaluate_engine(engine: Engine, task: Classification, examples: list[Example]) -> tuple[dict[str, float], np.ndarray]:
-    """Returns (metrics, logits of shape (N, C)) of labelled examples."""
-    logits_NC = engine_logits(engine, task, examples, EVALUATION_BATCH)
-    return task.metrics(logits_NC, np.asarray([example["label"] for example in examples])), logits_NC
+def compare_outputs(own: Outputs, other: Outputs) -> dict[str, dict[str, float]]:
+    """Compares two models' outputs.
+
+    Returns:
+        {"graph/output": {"cosine": mean over rows, "max_difference", "spread": of the values of `other`}}.
+    """
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for (chunk, call, graph, name), array in own.items():
+        there = other.get((chunk, call, graph, name))
+        if there is None or there.shape[0] != array.shape[0]:
+            raise UserError(f"graph '{graph}' was called otherwise than in the model that it came from: export it anew")
+        smaller = tuple(slice(0, min(sizes)) for sizes in zip(array.shape, there.shape, strict=True))
+        pair = (array[smaller].reshape(len(array), -1), there[smaller].reshape(len(array), -1))
+        found.setdefault(f"{graph}/{name}", []).append(pair)
+    return {name: _distances(pairs) for name, pairs in found.items()}
+
+
+def _distances(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    values = np.concatenate([there.ravel() for _, there in pairs])
+    cosines = [
+        (own * there).sum(1) / np.maximum(np.linalg.norm(own, axis=1) * np.linalg.norm(there, axis=1), 1e-12)
+        for own, there in pairs
+    ]
+    return {
+        "cosine": float(np.concatenate(cosines).mean()),
+        "max_difference": max(float(np.abs(own - there).max(initial=0)) for own, there in pairs),
+        "spread": float(np.ptp(values)) or 1.0,
+    }
 
 
 def check_parity(
-    engine: Engine, task: Classification, examples: list[Example], reference_NC: np.ndarray, gates: ParityGates
-) -> dict[str, float]:
-    """Compares an engine with its source model, and with itself over batch sizes and paddings.
+    run: Run, answers: Answers, rows: list[Row], reference: tuple[list[Answer], Outputs], gates: ParityGates, max_length: int
+) -> dict[str, Any]:
+    """Compares engines with their source model, and with themselves over batch sizes and paddings.
 
     Args:
-        examples: rows; a few dozen of all lengths.
-        reference_NC: logits of the source model for them.
+        run: of the engines.
+        rows: a few dozen of all lengths.
+        reference: from `observe` of the source model.
+        max_length: tokens to which rows are padded.
 
     Returns:
-        agreement (share of equal labels), cosine, max_difference (of logits), batch_difference and padding_difference (relative
-        to the spread of the logits).
+        agreement (share of equal answers) and rows; cosine, max_difference, batch_difference and padding_difference (the latter
+        relative to the spread of the values), each the worst of all outputs; `outputs`, the same of each.
 
     Raises:
         UserError: a gate is not passed.
     """
-    alone = engine_logits(engine, task, examples, 1)
-    together = engine_logits(engine, task, examples, EVALUATION_BATCH)
-    padded = engine_logits(engine, task, examples, 1, task.max_length)
-    spread = float(np.ptp(reference_NC)) or 1.0
-    norms = np.linalg.norm(alone, axis=1) * np.linalg.norm(reference_NC, axis=1)
-    found = {
-        "agreement": float((alone.argmax(1) == reference_NC.argmax(1)).mean()),
-        "cosine": float(((alone * reference_NC).sum(1) / norms).mean()),
-        "max_difference": float(np.abs(alone - reference_NC).max()),
-        "batch_difference": float(np.abs(alone - together).max()) / spread,
-        "padding_difference": float(np.abs(alone - padded).max()) / spread,
-        "rows": len(examples),
+    mine, alone = observe(run, answers, rows, 1)
+    _, together = observe(run, answers, rows)
+    _, longer = observe(padded(run, max_length, answers.padding), answers, rows, 1)
+    outputs = compare_outputs(alone, reference[1])
+    for key, other in (("batch", together), ("padding", longer)):
+        for name, moved in compare_outputs(other, alone).items():
+            outputs[name][f"{key}_difference"] = moved["max_difference"] / outputs[name]["spread"]
+    found: dict[str, Any] = {
+        "agreement": answers.agreement(mine, reference[0]),
+        "cosine": min(entry["cosine"] for entry in outputs.values()),
+        **{
+            key: max(entry[key] for entry in outputs.values())
+            for key in ("max_difference", "batch_difference", "padding_difference")
+        },
+        "rows": len(rows),
+        "outputs": outputs,
     }
-    if found["agreement"] < gates.agreement:
+    if not found["agreement"] >= gates.agreement:
         raise UserError(
-            f"the engine predicts the label of its source model for only {found['agreement']:.1%} of {len(examples)} rows "
+            f"the engine gives the answer of its source model for only {found['agreement']:.1%} of {len(rows)} rows "
             f"(gates.agreement={gates.agreement:.1%}): calibrate with more examples, or lower the gate"
         )
-    for name in ("batch", "padding"):
-        if found[f"{name}_difference"] > gates.invariance:
-            raise UserError(
-                f"the engine's logits depend on {name}: they move by {found[f'{name}_difference']:.2g} of their spread "
-                f"(gates.invariance={gates.invariance:g})"
-            )
+    for key in ("batch", "padding"):
+        for name, entry in outputs.items():
+            if not entry[f"{key}_difference"] <= gates.invariance:
+                raise UserError(
+                    f"the engine's {name} depend on {key}: they move by {entry[f'{key}_difference']:.2g} of their spread "
+                    f"(gates.invariance={gates.invariance:g})"
+                )
     return found

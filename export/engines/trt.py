@@ -146,11 +146,11 @@ class TrtEngine:
         self.context = self.engine.create_execution_context()
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
         self.inputs = [name for name in names if self.engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        (self.output,) = [name for name in names if name not in self.inputs]
+        self.outputs = [name for name in names if name not in self.inputs]
         self.stream = torch.cuda.Stream()
 
-    def run(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
-        """Runs one batch of int64 arrays of shape (B, L); returns float32 logits of shape (B, C)."""
+    def run(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs one batch: the inputs by name (others are left alone) → the outputs by name, float32."""
         import torch
 
         with torch.cuda.stream(self.stream):
@@ -158,10 +158,12 @@ class TrtEngine:
             for name, tensor in tensors.items():
                 self.context.set_input_shape(name, tuple(tensor.shape))
                 self.context.set_tensor_address(name, tensor.data_ptr())
-            logits_BC = torch.empty(tuple(self.context.get_tensor_shape(self.output)), device="cuda")
-            self.context.set_tensor_address(self.output, logits_BC.data_ptr())
+            outputs = {}
+            for name in self.outputs:
+                outputs[name] = torch.empty(tuple(self.context.get_tensor_shape(name)), device="cuda")
+                self.context.set_tensor_address(name, outputs[name].data_ptr())
             self.context.execute_async_v3(self.stream.cuda_stream)
-            return logits_BC.cpu().numpy()
+            return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
 
 
 def _logger(trt: Any) -> Any:

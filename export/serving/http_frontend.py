@@ -91,8 +91,8 @@ class HttpFrontend:
 
     async def predict(self, request: Request) -> Response:
         """Answers texts in plain JSON."""
-        pair = "TEXT_PAIR" in self.service.text.spec.inputs
-        rows, alone = _rows(await _body(request), request.headers.get("content-type", ""), pair)
+        columns = list(self.service.inputs.values())
+        rows, alone = _rows(await _body(request), request.headers.get("content-type", ""), columns)
         answers = await self.service.predict(rows)
         return _json(answers[0] if alone else answers)
 
@@ -248,9 +248,9 @@ def _parameters(holder: dict[str, Any], where: str) -> dict[str, Any]:
     return parameters
 
 
-def _rows(body: bytes, content_type: str, pair: bool) -> tuple[list[dict[str, str]], bool]:
+def _rows(body: bytes, content_type: str, columns: list[str]) -> tuple[list[dict[str, str]], bool]:
     """Reads the rows of the plain text route; returns (rows, whether it was one row and not a list)."""
-    columns = ["text", "text_pair"] if pair else ["text"]
+    first, alone_is_enough = columns[0], len(columns) == 1
     if content_type.partition(";")[0].strip().lower() == "text/plain":
         try:
             value: Any = body.decode()
@@ -258,17 +258,19 @@ def _rows(body: bytes, content_type: str, pair: bool) -> tuple[list[dict[str, st
             raise RequestError(f"the text is not valid UTF-8: {error}") from None
     else:
         value = _loads(body, dict, list, str)
-    if isinstance(value, dict) and isinstance(value.get("text"), list):
+    if isinstance(value, dict) and isinstance(value.get(first), list):
         lists = [_field(value, column, list, "request") for column in columns]
         if len({len(items) for items in lists}) > 1:
-            raise RequestError("'text' and 'text_pair' have different lengths")
+            raise RequestError(f"{' and '.join(map(repr, columns))} have different lengths")
         value = [dict(zip(columns, items, strict=True)) for items in zip(*lists, strict=True)]
     alone = not isinstance(value, list)
     rows = []
     for item in [value] if alone else value:
-        row = {"text": item} if isinstance(item, str) else item
+        row = {first: item} if isinstance(item, str) else item
         if not isinstance(row, dict) or not all(isinstance(row.get(column), str) for column in columns):
-            raise RequestError(f"a row must be an object with {' and '.join(columns)}" + ("" if pair else ", or a string"))
+            raise RequestError(
+                f"a row must be an object with {' and '.join(columns)}" + (", or a string" if alone_is_enough else "")
+            )
         rows.append(row)
     return rows, alone
 

@@ -52,25 +52,48 @@ class EngineEntry(Strict):
     """Form of its int8 weights; None: it computes with floats."""
 
 
-class BundleTask(Strict):
-    """What the bundle answers; `text` and `text_pair` are columns of the rows that it was trained on."""
+class TensorEntry(Strict):
+    """One input or output of a graph."""
 
-    type: Literal["classification"]
-    text: str
-    text_pair: str | None = None
+    name: str = Field(pattern=r"^[A-Za-z_][A-Za-z0-9_.]*$")
+    dtype: Literal["int64", "float32"]
+    shape: list[int | str]
+    """Sizes of the axes, the name of one that varies; the first is the batch."""
+
+
+class GraphEntry(Strict):
+    """One graph of the bundle, in each of its runtimes."""
+
+    inputs: list[TensorEntry] = Field(min_length=1)
+    outputs: list[TensorEntry] = Field(min_length=1)
+    engines: dict[Runtime, EngineEntry]
+
+
+class BundleTask(Strict):
+    """What the bundle answers: the name of an answering half, and what it has to know."""
+
+    type: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    facts: dict[str, Any]
+
+
+class OutputTolerance(Strict):
+    """How far an output may move on the golden inputs. The same machine gives the same bits."""
+
+    golden: float = Field(ge=0)
+    """Largest |output - golden output|: another CPU or release of the runtime rounds differently."""
+    invariance: float = Field(ge=0)
+    """Largest change of a row's output by its neighbours in the batch or by padding."""
+    reference: float = Field(ge=0)
+    """Largest |output - output of the fp32 model that the engine came from|."""
 
 
 class Tolerance(Strict):
-    """How far logits may move on the golden inputs before the bundle is refused. The same machine gives the same bits."""
+    """How far a bundle may stray on its golden inputs before it is refused."""
 
-    golden: float = Field(ge=0)
-    """Largest |logits - golden logits|: another CPU or release of the runtime rounds differently."""
-    invariance: float = Field(ge=0)
-    """Largest change of a row's logits by its neighbours in the batch or by padding."""
-    reference: float = Field(ge=0)
-    """Largest |logits - logits of the fp32 model that the engine came from|."""
-    label_agreement: float = Field(ge=0, le=1)
-    """Smallest share of golden inputs that get the fp32 model's label."""
+    outputs: dict[str, OutputTolerance]
+    """By `graph/output`."""
+    agreement: float = Field(ge=0, le=1)
+    """How far the answers must be those of the fp32 model, and those at export: the share of golden inputs, for classes."""
 
 
 class Manifest(Strict):
@@ -79,14 +102,11 @@ class Manifest(Strict):
     format: Literal[2]
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     task: BundleTask
-    labels: list[str] = Field(min_length=2)
     max_length: int = Field(ge=1)
     max_batch: int = Field(ge=1)
-    inputs: list[str] = Field(min_length=1)
-    """Inputs of the engines' graph."""
+    graphs: dict[str, GraphEntry] = Field(min_length=1)
     weight_bytes: int = Field(ge=0)
-    """Bytes of the constants of the ONNX engine."""
-    engines: dict[Runtime, EngineEntry]
+    """Bytes of the constants of the ONNX engines."""
     parity: dict[str, Any]
     benchmark: dict[str, Any]
     versions: dict[str, str]
@@ -98,14 +118,20 @@ class Manifest(Strict):
 
     @model_validator(mode="after")
     def _names_listed_files(self) -> Manifest:
-        if "onnxruntime" not in self.engines:
-            raise ValueError("engines has no 'onnxruntime': every bundle holds the embedded engine")
-        for entry in self.engines.values():
-            if entry.file not in self.files:
-                raise ValueError(f"the engine file '{entry.file}' is not among files")
-        if len(set(self.labels)) < len(self.labels):
-            raise ValueError("labels holds a label twice")
+        for name, graph in self.graphs.items():
+            if "onnxruntime" not in graph.engines:
+                raise ValueError(f"graph '{name}' has no engine 'onnxruntime': every bundle holds the embedded engine")
+            for entry in graph.engines.values():
+                if entry.file not in self.files:
+                    raise ValueError(f"the engine file '{entry.file}' is not among files")
         return self
+
+    @property
+    def runtimes(self) -> list[Runtime]:
+        """What runs every graph."""
+        return [
+            name for name in self.graphs[next(iter(self.graphs))].engines if all(name in g.engines for g in self.graphs.values())
+        ]
 
 
 def read_manifest(directory: Path) -> tuple[Manifest, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,13 +15,17 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Histogram, PlatformCollector, ProcessCollector, generate_latest
 
 import engine
+from engine.answers import Answer
+from engine.answers._batches import batched
 from engine.errors import UserError
-from export.serving.bundle import Bundle, softmax
+from export.serving.bundle import Bundle
 from export.serving.manifest import read_file
 from export.serving.protocol import Arrays, ModelSpec, RequestError
 from export.serving.scheduler import ServedModel
-from export.serving.triton import VERSION, core_name
+from export.serving.triton import VERSION, core_name, input_names
 
+ANSWERS = "_answers"
+"""Beside the tensors of the text model: the answers as the task has them, for the plain text route."""
 EXTENSIONS = ["classification", "model_configuration", "model_repository", "statistics", "binary_tensor_data"]
 
 
@@ -46,18 +51,22 @@ class Service:
         self.stopping = asyncio.Event()
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="inference")
         name = bundle.manifest.name
-        specs = {model: self._spec(model, max_batch) for model in (name, core_name(name))}
+        cores = {graph: core_name(name, graph) for graph in bundle.engines}
+        specs = {model: self._spec(model, max_batch) for model in (name, *cores.values())}
         batching = specs[name].config.dynamic_batching
         if max_queue is not None:
             batching.default_queue_policy.max_queue_size = max_queue
         if batch_delay is not None:
             batching.max_queue_delay_microseconds = round(batch_delay * 1000)
         waiting = batching.default_queue_policy.max_queue_size
-        self.core = ServedModel(specs[core_name(name)], self._tokens, self.executor, waiting)
         self.text = ServedModel(specs[name], self._texts, self.executor, waiting)
-        self.models = {model.spec.name: model for model in (self.text, self.core)}
-        self._labels = np.array([label.encode() for label in bundle.labels], dtype=np.object_)
-        self._vocabulary = bundle.tokenizer.get_vocab_size()
+        self.cores = {
+            graph: ServedModel(specs[core], self._graph(graph), self.executor, waiting) for graph, core in cores.items()
+        }
+        self.models = {model.spec.name: model for model in (self.text, *self.cores.values())}
+        self.inputs = input_names(bundle.answers)
+        self._run = batched(lambda graph, arrays: self.cores[graph].execute_now(arrays), largest)
+        self._vocabulary = bundle.answers.tokenizer.get_vocab_size()
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -75,7 +84,7 @@ class Service:
 
     def _spec(self, model: str, max_batch: int | None) -> ModelSpec:
         text = read_file(self.bundle.directory, self.bundle.manifest, f"models/{model}/config.pbtxt").decode()
-        spec = ModelSpec.parse(text, self.bundle.labels)
+        spec = ModelSpec.parse(text, self.bundle.answers.labels)
         if max_batch is not None:
             spec.config.max_batch_size = max_batch
         return spec
@@ -113,38 +122,49 @@ class Service:
 
     async def predict(self, rows: list[dict[str, str]]) -> list[dict[str, Any]]:
         """Answers any number of rows, in requests of the text model."""
-        keys = dict(zip(self.text.spec.inputs, ("text", "text_pair"), strict=False))
-        answers = []
+        answers: list[Answer] = []
         # One request at a time: a long list is no overload, and leaves room for others.
         for start in range(0, len(rows), self.text.spec.max_batch):
             chunk = rows[start : start + self.text.spec.max_batch]
-            columns = {name: [row[key].encode() for row in chunk] for name, key in keys.items()}
+            columns = {name: [row[key].encode() for row in chunk] for name, key in self.inputs.items()}
             arrays = {name: np.array(column, dtype=np.object_)[:, None] for name, column in columns.items()}
-            outputs = await self.infer(self.text, arrays)
-            answers += [self.bundle.prediction(scores) for scores in outputs["SCORES"]]
+            answers += (await self.infer(self.text, arrays))[ANSWERS].tolist()
         return answers
 
     def _texts(self, arrays: Arrays) -> Arrays:
-        texts = [[text.decode() for text in arrays[name].ravel()] for name in self.text.spec.inputs]
-        encoded = self.bundle.encode([dict(zip(("text", "text_pair"), row, strict=False)) for row in zip(*texts, strict=True)])
-        scores_BC = softmax(self.core.execute_now(encoded)["logits"])
-        return {"LABEL": self._labels[scores_BC.argmax(axis=1)][:, None], "SCORES": scores_BC}
+        columns = [[text.decode() for text in arrays[name].ravel()] for name in self.inputs]
+        rows = [dict(zip(self.inputs.values(), row, strict=True)) for row in zip(*columns, strict=True)]
+        given = self.bundle.answers.answer(self._run, rows)
+        whole = np.empty(len(given), dtype=np.object_)
+        whole[:] = given
+        return {**self.bundle.answers.tensors(given), ANSWERS: whole}
 
-    def _tokens(self, arrays: Arrays) -> Arrays:
+    def _graph(self, graph: str) -> Callable[[Arrays], Arrays]:
+        """Returns what answers requests of a graph's own model."""
+        known = self.bundle.engines[graph].inputs
+
+        def compute(arrays: Arrays) -> Arrays:
+            given = {name: arrays[name] for name in known}
+            self._check(given)
+            try:
+                return self.bundle.engines[graph].run(given)
+            except Exception as error:
+                if type(error).__name__ != "InvalidArgument":  # ONNX Runtime: an index outside of a table
+                    raise
+                raise RequestError(f"the engine refuses these inputs: {str(error).splitlines()[0]}") from None
+
+        return compute
+
+    def _check(self, arrays: Arrays) -> None:
+        """Raises RequestError for token inputs that no engine can take."""
         shapes = {array.shape for array in arrays.values()}
         length = next(iter(shapes))[1]
         longest = self.bundle.manifest.max_length
         if len(shapes) > 1 or not 1 <= length <= longest:
             raise RequestError(f"token inputs must have one shape of 1 to {longest} tokens a row, not {sorted(shapes)}")
-        ids_BL = arrays["input_ids"]
-        if ids_BL.min() < 0 or ids_BL.max() >= self._vocabulary:
+        ids_BL = arrays.get("input_ids")
+        if ids_BL is not None and (ids_BL.min() < 0 or ids_BL.max() >= self._vocabulary):
             raise RequestError(f"input_ids holds {ids_BL.min()} to {ids_BL.max()}; the vocabulary is 0 to {self._vocabulary - 1}")
-        try:
-            return {"logits": self.bundle.engine.run(arrays)}
-        except Exception as error:
-            if type(error).__name__ != "InvalidArgument":  # ONNX Runtime: an index outside of a table
-                raise
-            raise RequestError(f"the engine refuses these inputs: {str(error).splitlines()[0]}") from None
 
     def metadata(self) -> dict[str, Any]:
         """Returns the server metadata of the protocol."""

@@ -181,14 +181,3 @@ def masked_lm_loss(length: int, mask: float) -> Loss:
         return functional.cross_entropy(logits.float(), predicted, reduction="sum")
 
     return loss
-
-
-def classification_loss(length: int) -> Loss:
-    """Returns the loss of a classifier on rows of `length` tokens."""
-
-    def loss(model: Any, rows: int) -> torch.Tensor:
-        ids = torch.zeros(rows, length, dtype=torch.int64)
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-        return functional.cross_entropy(logits.float(), torch.zeros(rows, dtype=torch.int64), reduction="sum")
-
-    return loss

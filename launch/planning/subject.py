@@ -12,6 +12,7 @@ from engine.errors import UserError
 from engine.models import build_model, load_model, load_tokenizer, set_dropout, size_of
 from engine.pretrain import PretrainConfig, rounded
 from engine.stage import Stage, read_stage
+from engine.tasks import task_class
 from launch.planning import footprint
 from launch.planning.footprint import Build
 from launch.recipe import KINDS
@@ -33,24 +34,28 @@ def subject_of(stage: Stage[Any], attention: str) -> Subject:
     notes: list[str] = []
     if stage.kind == "pretrain":
         loss = footprint.masked_lm_loss(config.sequence_length, config.objective.mask)
-        build = _new_model(stage.recipe, config, attention, "masked_lm")
+        build = _new_model(stage.recipe, config, attention, "AutoModelForMaskedLM")
         return Subject(_with_dropout(build, config.train.dropout), loss, 0, notes)
-    loss = footprint.classification_loss(config.max_length)
+    task, length = task_class(config.task), config.max_length
+
+    def made_up(model: Any, rows: int) -> torch.Tensor:
+        return task.made_up_loss(model, rows, length)
+
     if stage.kind == "finetune":
-        build = _classifier(recipe, config.model, attention, notes)
-        return Subject(_with_dropout(build, config.train.dropout), loss, 0, notes)
+        build = _fine_tuned(recipe, config.model, task.head, attention, notes)
+        return Subject(_with_dropout(build, config.train.dropout), made_up, 0, notes)
     student = config.student.model or config.teacher
-    build = _classifier(recipe, student, attention, notes)
+    build = _fine_tuned(recipe, student, task.head, attention, notes)
     if config.student.layers is not None:
         build = _with_layers(build, config.student.layers)
     with torch.device("meta"):
-        teacher = size_of(_classifier(recipe, config.teacher, attention, [])())["weight_bytes"]
-    return Subject(_with_dropout(build, config.train.dropout), loss, teacher, notes)
+        teacher = size_of(_fine_tuned(recipe, config.teacher, task.head, attention, [])())["weight_bytes"]
+    return Subject(_with_dropout(build, config.train.dropout), made_up, teacher, notes)
 
 
 def _new_model(recipe: Recipe, config: PretrainConfig, attention: str, head: str) -> Build:
     vocabulary = rounded(_vocabulary(recipe, config))
-    return lambda: build_model(config.model, head, vocabulary, 0, attention)  # type: ignore[arg-type]
+    return lambda: build_model(config.model, head, vocabulary, 0, attention)
 
 
 def _vocabulary(recipe: Recipe, config: PretrainConfig) -> int:
@@ -66,19 +71,19 @@ def _vocabulary(recipe: Recipe, config: PretrainConfig) -> int:
     return len(load_tokenizer(recipe.find_model(reference)))
 
 
-def _classifier(recipe: Recipe, reference: ModelRef, attention: str, notes: list[str]) -> Build:
+def _fine_tuned(recipe: Recipe, reference: ModelRef, head: str, attention: str, notes: list[str]) -> Build:
     unfinished = reference in recipe.stages and read_stage(recipe.directory(reference)) is None
     if not unfinished:
         path = recipe.find_model(reference)
-        return lambda: load_model(path, "classification", attention=attention, random=True)
+        return lambda: load_model(path, head, attention=attention, random=True)
     kind, _ = recipe.stages[reference]
     config: Any = recipe.section(reference, KINDS[kind].config)
     if kind == "pretrain":
-        return _new_model(recipe, config, attention, "classification")
+        return _new_model(recipe, config, attention, head)
     if kind == "prune":
         notes.append(f"stage '{reference}' has not run: planned with the model before pruning")
     source = (config.student.model or config.teacher) if kind == "distill" else config.model
-    build = _classifier(recipe, source, attention, notes)
+    build = _fine_tuned(recipe, source, head, attention, notes)
     if kind == "distill" and config.student.layers is not None:
         return _with_layers(build, config.student.layers)
     return build

@@ -90,7 +90,7 @@ def test_texts_get_the_bundles_labels_and_scores(client, kind, opened, size, bin
 def test_tokens_get_the_engines_logits(client, kind, opened, binary):
     arrays = opened.encode([{"text": text} for text in TEXTS[:BATCH]])
     result = client.infer("tiny_core", inputs(kind, arrays, binary), model_version="1")
-    np.testing.assert_allclose(result.as_numpy("logits"), opened.engine.run(arrays), atol=1e-6)
+    np.testing.assert_allclose(result.as_numpy("logits"), opened.engines["model"].run(arrays)["logits"], atol=1e-6)
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -125,9 +125,9 @@ def test_compressed_requests_and_responses(server, opened, algorithm):
             request_compression_algorithm=algorithm,
             response_compression_algorithm=algorithm,
         )
-        np.testing.assert_allclose(result.as_numpy("logits"), opened.engine.run(arrays), atol=1e-6)
+        np.testing.assert_allclose(result.as_numpy("logits"), opened.engines["model"].run(arrays)["logits"], atol=1e-6)
     result = grpc.infer("tiny_core", inputs("grpc", arrays), compression_algorithm=algorithm)
-    np.testing.assert_allclose(result.as_numpy("logits"), opened.engine.run(arrays), atol=1e-6)
+    np.testing.assert_allclose(result.as_numpy("logits"), opened.engines["model"].run(arrays)["logits"], atol=1e-6)
 
 
 ONES = np.ones((1, 3), dtype=np.int64)

@@ -52,9 +52,9 @@ def test_a_changed_bundle_is_not_served(bundle, tmp_path):
 def test_a_bundle_whose_golden_outputs_do_not_match_is_not_served(bundle, tmp_path):
     copy = copy_bundle(bundle, tmp_path / "copy")
     golden = copy / "golden.jsonl"
-    golden.write_text(golden.read_text().replace('"logits": [', '"logits": [9', 1))
+    golden.write_text(golden.read_text().replace('"model/logits": [', '"model/logits": [9', 1))
     relist(copy)
-    with pytest.raises(UserError, match="differs from its golden logits"):
+    with pytest.raises(UserError, match="differs from its golden values"):
         serve(copy, http_port=0, grpc_port=0)
 
 

@@ -53,7 +53,7 @@ def test_texts_get_the_bundles_labels_and_scores_in_triton(real, kind, opened):
 def test_tokens_get_the_engines_logits_in_triton(real, kind, opened):
     arrays = opened.encode([{"text": text} for text in TEXTS[:BATCH]])
     result = real.infer("tiny_core", inputs(kind, arrays))
-    np.testing.assert_allclose(result.as_numpy("logits"), opened.engine.run(arrays), atol=1e-6)
+    np.testing.assert_allclose(result.as_numpy("logits"), opened.engines["model"].run(arrays)["logits"], atol=1e-6)
 
 
 def test_texts_of_any_length_that_wait_are_executed_together_by_triton(addresses, opened):
@@ -107,7 +107,7 @@ def test_pairs_of_texts_are_answered_by_triton(able, bundle, tmp_path):
 def test_with_a_plan_triton_runs_the_plan(able, bundle, tmp_path):
     """The backend runs ONNX from model.plan: it proves the layout and the configuration, not TensorRT."""
     work = bundle.parent / "work"
-    make_bundle(tmp_path / "plan", work, engines={"onnxruntime": work / "model.onnx", "tensorrt": work / "model.onnx"})
+    make_bundle(tmp_path / "plan", work, engines={"model": {"onnxruntime": work / "model.onnx", "tensorrt": work / "model.onnx"}})
     (tmp_path / "plan/models/tiny_core/1/model.onnx").unlink()
     with triton(tmp_path / "plan/models", tmp_path) as (http, _):
         client = CLIENTS["http"].InferenceServerClient(http)

@@ -8,12 +8,11 @@ import numpy as np
 import onnx
 import torch
 
-from engine.tasks import ClassificationConfig
+from engine.tasks import classification
 from export.engines.graph import export_onnx
-from export.serving.bundle import write_bundle
-from tests.unit.models import tiny_classifier, tiny_tokenizer
+from export.serving.write import write_bundle
+from tests.unit.models import GRAPH, tiny_classifier, tiny_tokenizer
 
-INPUTS = ["input_ids", "attention_mask", "token_type_ids"]
 TEXTS = [
     "a good film",
     "bad",
@@ -33,16 +32,25 @@ def torch_model():
     return tiny_classifier(num_labels=len(LABELS), initializer_range=0.5)
 
 
-def golden_rows(model, tokenizer, texts=TEXTS):
-    """Returns golden rows with the logits of the PyTorch model."""
-    rows = []
-    for text in texts:
-        pair = [text] if isinstance(text, str) else list(text)
+def reference_run(model):
+    """Returns `run(graph, arrays)` of the PyTorch model."""
+
+    def run(graph, arrays):
         with torch.no_grad():
-            logits = model(**tokenizer(*pair, truncation=True, max_length=LENGTH, return_tensors="pt")).logits[0]
-        row = dict(zip(("text", "text_pair"), pair, strict=False))
-        rows.append({**row, "reference": logits.tolist()})
-    return rows
+            return {"logits": model(**{name: torch.from_numpy(array) for name, array in arrays.items()}).logits.numpy()}
+
+    return run
+
+
+def golden_rows(texts=TEXTS):
+    """Returns golden rows of texts, or of pairs of texts."""
+    return [dict(zip(("text", "text_pair"), [text] if isinstance(text, str) else text, strict=False)) for text in texts]
+
+
+def facts_of(labels=LABELS, **changes):
+    """Returns what the answering half has to know."""
+    section = classification.Config(type="classification", **changes)
+    return {**section.model_dump(), "labels": list(labels)}
 
 
 def make_bundle(directory: Path, work: Path, texts=TEXTS, pair: str | None = None, **changes):
@@ -50,17 +58,18 @@ def make_bundle(directory: Path, work: Path, texts=TEXTS, pair: str | None = Non
     tokenizer, model = tiny_tokenizer(work / "tokenizer"), torch_model()
     if not (work / "model.onnx").exists():
         tokenizer.save_pretrained(work / "tokenizer")
-        onnx.save(export_onnx(model, INPUTS), work / "model.onnx")
+        onnx.save(export_onnx(model, GRAPH), work / "model.onnx")
     directory.mkdir(parents=True, exist_ok=True)
     facts = {
         "name": "tiny",
-        "task": ClassificationConfig(type="classification", text_pair=pair),
-        "labels": LABELS,
+        "task": "classification",
+        "facts": facts_of(text_pair=pair),
         "max_length": LENGTH,
         "max_batch": BATCH,
         "tokenizer": work / "tokenizer",
-        "engines": {"onnxruntime": work / "model.onnx"},
-        "golden": golden_rows(model, tokenizer, texts),
+        "engines": {"model": {"onnxruntime": work / "model.onnx"}},
+        "golden": golden_rows(texts),
+        "reference": reference_run(model),
         "parity": {},
         "benchmark": {},
         "provenance": {},

@@ -5,6 +5,11 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertTokenizer
 
+from engine.tasks import Graph, classification
+
+INPUTS = ["input_ids", "attention_mask", "token_type_ids"]
+GRAPH = Graph(INPUTS, ["logits"], lambda model, batch: {"logits": model(**batch).logits.float()})
+"""The graph of a tiny classifier."""
 WORDS = [
     "the",
     "a",
@@ -59,3 +64,9 @@ def tiny_tokenizer(directory: Path):
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     (directory / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     return BertTokenizer(vocab=str(directory / "vocab.txt"))
+
+
+def classification_task(directory: Path, max_length: int = 16, labels=("0", "1"), **config):
+    """The classification task with the tiny tokenizer."""
+    section = classification.Config(type="classification", **config)
+    return classification.Task(section, {"labels": list(labels)}, tiny_tokenizer(directory), max_length)

@@ -5,25 +5,43 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
 
+import engine.answers
+from engine.answers._batches import batched
+from engine.answers.classification import Answers
 from engine.errors import UserError
-from engine.tasks import ClassificationConfig
-from engine.tasks.classification import Classification
 from export.compress.quantize import activation_ranges, quantize_embeddings, quantize_matmuls
-from export.serving.bundle import Bundle, default_tolerance, verify_bundle
-from tests.unit.bundles import BATCH, LABELS, LENGTH, TEXTS, copy_bundle, make_bundle, relist, shared_bundle, torch_model
+from export.serving.bundle import Bundle, verify_bundle
+from export.serving.golden import Golden
+from export.serving.write import default_tolerance
+from tests.unit.bundles import (
+    BATCH,
+    LABELS,
+    LENGTH,
+    TEXTS,
+    copy_bundle,
+    facts_of,
+    make_bundle,
+    relist,
+    shared_bundle,
+    torch_model,
+)
 from tests.unit.emulated import run_emulated
-from tests.unit.models import tiny_tokenizer
+from tests.unit.models import classification_task
 
 FILES = [
     "golden.jsonl",
     "manifest.json",
+    "models/tiny/1/engine/__init__.py",
+    *(f"models/tiny/1/engine/answers/{path.name}" for path in sorted(Path(engine.answers.__file__).parent.glob("*.py"))),
     "models/tiny/1/model.py",
+    "models/tiny/1/task.json",
     "models/tiny/1/tokenizer.json",
     "models/tiny/config.pbtxt",
     "models/tiny/labels.txt",
@@ -49,6 +67,11 @@ def edit_manifest(path, change):
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def logits_of(bundle, rows, size=None):
+    """Returns the engine's logits in the order of the rows."""
+    return batched(bundle.run, size or BATCH)("model", bundle.encode(rows))["logits"]
 
 
 def refused(path, message):
@@ -127,12 +150,14 @@ def test_a_path_that_leaves_the_bundle_is_refused(copy, path):
     edit_manifest(copy, lambda manifest: manifest["files"].update({path: entry}))
     refused(copy, "not a plain path inside the bundle")
     edit_manifest(copy, lambda manifest: manifest["files"].pop(path))
-    edit_manifest(copy, lambda manifest: manifest["engines"].update(onnxruntime={"file": path}))
+    edit_manifest(copy, lambda manifest: manifest["graphs"]["model"]["engines"].update(onnxruntime={"file": path}))
     refused(copy, "not a plain path inside the bundle")
 
 
 def test_an_engine_file_must_be_listed(copy):
-    edit_manifest(copy, lambda manifest: manifest["engines"].update(tensorrt={"file": "models/tiny_core/1/model.plan"}))
+    edit_manifest(
+        copy, lambda manifest: manifest["graphs"]["model"]["engines"].update(tensorrt={"file": "models/tiny_core/1/model.plan"})
+    )
     refused(copy, "model.plan' is not among files")
 
 
@@ -145,13 +170,16 @@ def test_another_format_is_refused(copy, version):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda manifest: manifest.pop("labels"), "labels: "),
-        (lambda manifest: manifest.update(labels=["a", "a", "b"]), "twice"),
-        (lambda manifest: manifest.update(label=[]), "unknown key 'label': did you mean 'labels'"),
+        (lambda manifest: manifest.pop("graphs"), "graphs: "),
+        (lambda manifest: manifest.update(graphs={}), "graphs: "),
+        (lambda manifest: manifest.update(graph={}), "unknown key 'graph': did you mean 'graphs'"),
+        (lambda manifest: manifest["task"].update(type="no_such_task"), "no task 'no_such_task' is installed here"),
+        (lambda manifest: manifest["task"].update(type="../classification"), "task.type: "),
+        (lambda manifest: manifest["task"]["facts"].pop("labels"), "the facts of task 'classification' .* are damaged"),
         (lambda manifest: manifest.update(max_batch=0), "max_batch: "),
         (lambda manifest: manifest.update(name="../tiny"), "name: "),
-        (lambda manifest: manifest["engines"].clear(), "no 'onnxruntime'"),
-        (lambda manifest: manifest["engines"].update(os={"file": "golden.jsonl"}), "engines.os"),
+        (lambda manifest: manifest["graphs"]["model"]["engines"].clear(), "no engine 'onnxruntime'"),
+        (lambda manifest: manifest["graphs"]["model"]["engines"].update(os={"file": "golden.jsonl"}), "engines.os"),
     ],
 )
 def test_a_manifest_that_is_not_one_is_refused(copy, change, message):
@@ -174,31 +202,32 @@ def test_unread_files_are_not_hashed_without_verify(copy):
 
 def test_golden_logits_of_another_engine_are_refused_though_every_hash_is_right(copy):
     rows = [json.loads(line) for line in (copy / "golden.jsonl").read_text().splitlines()]
-    rows[3]["logits"][0] += 0.01
+    rows[3]["outputs"]["model/logits"][0] += 0.01
     (copy / "golden.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     relist(copy)
-    with pytest.raises(UserError, match=r"differs from its golden logits by 0\.01"):
+    with pytest.raises(UserError, match=r"model/logits differs from its golden values by 0\.01"):
         verify_bundle(copy)
 
 
-@pytest.mark.parametrize("golden", ["", "{}\n", "nonsense\n", '{"text": "a", "logits": [0.0], "reference": [0.0]}\n'])
+@pytest.mark.parametrize("golden", ["", "{}\n", "nonsense\n", '{"row": {"text": "a"}, "outputs": {"model/logits": [[0.0]]}}\n'])
 def test_golden_inputs_that_are_none_are_refused(copy, golden):
     (copy / "golden.jsonl").write_text(golden)
     relist(copy)
-    with pytest.raises(UserError, match="no golden inputs with 3 logits each"):
+    with pytest.raises(UserError, match="no golden inputs with what the engines"):
         verify_bundle(copy)
 
 
 def test_a_reference_that_disagrees_is_refused(copy):
     rows = [json.loads(line) for line in (copy / "golden.jsonl").read_text().splitlines()]
     for row in rows:
-        row["reference"] = [-value for value in row["logits"]]
+        row["reference"]["outputs"]["model/logits"] = [-value for value in row["outputs"]["model/logits"]]
+        row["reference"]["answer"] = {**row["answer"], "label": "another"}
     (copy / "golden.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     relist(copy)
-    with pytest.raises(UserError, match="differs from the fp32 model"):
+    with pytest.raises(UserError, match="differs from that of the fp32 model"):
         verify_bundle(copy)
-    edit_manifest(copy, lambda manifest: manifest["tolerance"].update(reference=1e9))
-    with pytest.raises(UserError, match=r"only 0\.0% of the golden inputs get the fp32 model's label"):
+    edit_manifest(copy, lambda manifest: manifest["tolerance"]["outputs"]["model/logits"].update(reference=1e9))
+    with pytest.raises(UserError, match=r"only 0\.0% of the golden inputs get the answer of the fp32 model"):
         verify_bundle(copy)
 
 
@@ -206,27 +235,27 @@ class DependsOnTheBatch:
     """An engine with a fault that a single row never shows."""
 
     def __init__(self, engine, fault):
-        self.engine, self.inputs, self.fault = engine, engine.inputs, fault
+        self.engine, self.inputs, self.outputs, self.fault = engine, engine.inputs, engine.outputs, fault
 
     def run(self, arrays):
-        logits = self.engine.run(arrays)
-        return logits + (0.1 if self.fault(arrays["attention_mask"]) else 0)
+        moved = 0.1 if self.fault(arrays["attention_mask"]) else 0
+        return {name: array + moved for name, array in self.engine.run(arrays).items()}
 
 
 def test_logits_that_depend_on_the_batch_or_on_padding_are_refused(bundle):
     opened = Bundle.open(bundle)
-    engine = opened.engine
-    opened.engine = DependsOnTheBatch(engine, lambda mask: len(mask) > 1)
+    engine = opened.engines["model"]
+    opened.engines["model"] = DependsOnTheBatch(engine, lambda mask: len(mask) > 1)
     with pytest.raises(UserError, match=r"neighbours in the batch by 0\.1"):
         opened.verify()
-    opened.engine = DependsOnTheBatch(engine, lambda mask: mask.shape[1] == LENGTH)
-    with pytest.raises(UserError, match=r"change with padding by 0\.1"):
+    opened.engines["model"] = DependsOnTheBatch(engine, lambda mask: mask.shape[1] == LENGTH)
+    with pytest.raises(UserError, match=r"changes with padding by 0\.1"):
         opened.verify()
 
 
 def test_a_broken_bound_names_the_cpu_that_the_bundle_was_exported_on(bundle, monkeypatch):
     opened = Bundle.open(bundle)
-    opened.engine = DependsOnTheBatch(opened.engine, lambda mask: True)
+    opened.engines["model"] = DependsOnTheBatch(opened.engines["model"], lambda mask: True)
     with pytest.raises(UserError) as same:
         opened.verify()
     assert "this one has" not in str(same.value)
@@ -240,8 +269,7 @@ def test_an_int8_bundle_passes_its_golden_checks_on_a_cpu_without_vnni(bundle, t
     work = tmp_path / "work"
     shutil.copytree(bundle.parent / "work", work)
     model = onnx.load(work / "model.onnx")
-    config = ClassificationConfig(type="classification")
-    task = Classification(config, LABELS, tiny_tokenizer(work / "tokenizer"), LENGTH)
+    task = classification_task(work / "tokenizer", LENGTH, LABELS)
     examples = task.encode([{"text": text, "label": LABELS[0]} for text in TEXTS])
     quantize_matmuls(model, activation_ranges(model, task, examples), weights)
     quantize_embeddings(model)
@@ -249,13 +277,15 @@ def test_an_int8_bundle_passes_its_golden_checks_on_a_cpu_without_vnni(bundle, t
     here = make_bundle(tmp_path / "int8", work, weights=weights)["measured"]
     code = "import json, sys; from export.serving.bundle import verify_bundle; print(json.dumps(verify_bundle(sys.argv[1])))"
     there = json.loads(run_emulated("-c", code, tmp_path / "int8"))["measured"]
+    here, there = (found["outputs"]["model/logits"] for found in (here, there))
     assert here["golden"] == 0 and there["golden"] < 0.2 * here["reference"]
 
 
 def test_verifying_measures_nothing_on_the_machine_that_exported(bundle):
     report = verify_bundle(bundle)
-    assert report["measured"]["golden"] == report["measured"]["batch"] == report["measured"]["padding"] == 0
-    assert report["measured"]["label_agreement"] == 1
+    moved = report["measured"]["outputs"]["model/logits"]
+    assert moved["golden"] == moved["batch"] == moved["padding"] == 0
+    assert report["measured"]["agreement"] == report["measured"]["golden_agreement"] == 1
     assert report["inputs"] == len(TEXTS)
     assert report["files"] == len(FILES) - 1
     assert report["identity"] == Bundle.open(bundle).identity
@@ -268,11 +298,25 @@ def test_the_same_input_gives_the_same_bundle_to_the_byte(bundle, tmp_path):
 
 
 def test_default_bounds_allow_as_much_drift_as_quantization_made():
-    rows = [{"reference": [0.0, 2.0]}, {"reference": [2.0, 0.0]}]
-    exact = default_tolerance(np.array([[0.0, 2.0], [2.0, 0.0]], dtype=np.float32), rows)
-    assert exact == {"golden": 1e-3, "invariance": 1e-3, "reference": 1e-3, "label_agreement": 0.95}
-    quantized = default_tolerance(np.array([[0.25, 2.0], [2.0, 0.0]], dtype=np.float32), rows)
-    assert quantized == {"golden": 0.25, "invariance": 0.25, "reference": 0.5, "label_agreement": 0.95}
+    def bounds(first):
+        answer = {"label": "a"}
+        pairs = [([first, 2.0], [0.0, 2.0]), ([2.0, 0.0], [2.0, 0.0])]
+        values = [[{"model/logits": np.array(part, dtype=np.float32)} for part in pair] for pair in pairs]
+        found = default_tolerance(Answers(facts_of(), None), [Golden({}, own, answer, other, answer) for own, other in values])
+        return {**found["outputs"]["model/logits"], "agreement": found["agreement"]}
+
+    assert bounds(0.0) == {"golden": 1e-3, "invariance": 1e-3, "reference": 1e-3, "agreement": 0.95}
+    assert bounds(0.25) == {"golden": 0.25, "invariance": 0.25, "reference": 0.5, "agreement": 0.95}
+
+
+def test_an_answering_half_that_answers_otherwise_than_at_export_is_refused_though_every_output_is_right(copy):
+    rows = [json.loads(line) for line in (copy / "golden.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["answer"]["label"] = "another"
+    (copy / "golden.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    relist(copy)
+    with pytest.raises(UserError, match=r"only 0\.0% of the golden inputs get the answer that they had at export"):
+        verify_bundle(copy)
 
 
 def test_encoding_is_that_of_transformers(bundle):
@@ -290,11 +334,12 @@ def test_encoding_is_that_of_transformers(bundle):
 
 @pytest.mark.parametrize("size", [None, 1, 3, 100])
 def test_predictions_keep_the_order_of_their_rows_whatever_the_batch(bundle, size, monkeypatch):
-    monkeypatch.setattr("export.serving.bundle.ENCODED_AT_ONCE", 5)
+    monkeypatch.setattr("engine.answers._batches.AT_ONCE", 5)
     opened = Bundle.open(bundle)
-    rows = opened.golden()
-    expected = np.array([row["logits"] for row in rows])
-    np.testing.assert_allclose(opened.logits(rows, size), expected, atol=1e-5)
+    golden_rows = opened.golden()
+    rows = [golden.row for golden in golden_rows]
+    expected = np.array([golden.outputs["model/logits"] for golden in golden_rows])
+    np.testing.assert_allclose(logits_of(opened, rows, size), expected, atol=1e-5)
     predictions = opened.predict(rows, size)
     assert [row["label"] for row in predictions] == [LABELS[index] for index in expected.argmax(axis=1)]
     for row in predictions:
@@ -306,8 +351,8 @@ def test_predictions_keep_the_order_of_their_rows_whatever_the_batch(bundle, siz
 def test_no_call_of_the_engine_is_larger_than_the_bundle_allows(bundle):
     opened = Bundle.open(bundle)
     sizes = []
-    run = opened.engine.run
-    opened.engine.run = lambda arrays: sizes.append(len(arrays["input_ids"])) or run(arrays)
+    run = opened.engines["model"].run
+    opened.engines["model"].run = lambda arrays: sizes.append(len(arrays["input_ids"])) or run(arrays)
     opened.predict([{"text": "bad"}] * 10, 100)
     assert sizes == [BATCH, BATCH, 2]
 
@@ -326,13 +371,13 @@ def test_an_engine_that_the_bundle_lacks_is_named(bundle):
 
 
 def test_pairs_of_texts_and_their_columns(bundle, tmp_path):
-    task = ClassificationConfig(type="classification", text="premise", text_pair="hypothesis")
+    facts = facts_of(text="premise", text_pair="hypothesis")
     pairs = [("a good film", "the film is good"), ("bad", "not good"), ("the plot was long " * 9, "short " * 30)]
-    make_bundle(tmp_path / "pairs", bundle.parent / "work", texts=pairs, task=task)
+    make_bundle(tmp_path / "pairs", bundle.parent / "work", texts=pairs, facts=facts)
     opened = Bundle.open(tmp_path / "pairs")
-    by_column = opened.logits([{"premise": first, "hypothesis": second} for first, second in pairs])
-    by_key = opened.logits([{"text": first, "text_pair": second} for first, second in pairs])
-    reference = np.array([row["reference"] for row in opened.golden()])
+    by_column = logits_of(opened, [{"premise": first, "hypothesis": second} for first, second in pairs])
+    by_key = logits_of(opened, [{"text": first, "text_pair": second} for first, second in pairs])
+    reference = np.array([golden.reference["model/logits"] for golden in opened.golden()])
     np.testing.assert_array_equal(by_column, by_key)
     np.testing.assert_allclose(by_key, reference, atol=1e-3)
     with pytest.raises(UserError, match="a row has no 'hypothesis'"):
@@ -344,9 +389,9 @@ def test_other_engines_lie_where_their_runtime_finds_them_and_rtx_is_never_serve
     for name in ("plan", "rtx"):
         (work / name).write_bytes(name.encode())
     engines = {"onnxruntime": work / "model.onnx", "tensorrt": work / "plan", "tensorrt_rtx": work / "rtx"}
-    make_bundle(tmp_path / "gpu", work, engines=engines)
+    make_bundle(tmp_path / "gpu", work, engines={"model": engines})
     manifest = Bundle.open(tmp_path / "gpu").manifest
-    assert {name: entry.file for name, entry in manifest.engines.items()} == {
+    assert {name: entry.file for name, entry in manifest.graphs["model"].engines.items()} == {
         "onnxruntime": "models/tiny_core/1/model.onnx",
         "tensorrt": "models/tiny_core/1/model.plan",
         "tensorrt_rtx": "engines/tensorrt_rtx/model.engine",
@@ -358,8 +403,9 @@ def test_other_engines_lie_where_their_runtime_finds_them_and_rtx_is_never_serve
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": ["good", "bad\nor worse", "dull"]}, "holds a line break"),
-        ({"labels": ["good", "bad"]}, "does not give 2 finite logits"),
+        ({"facts": facts_of(["good", "bad\nor worse", "dull"])}, "holds a line break"),
+        ({"facts": facts_of(["good", "bad"])}, "does not give what the task reads"),
+        ({"facts": facts_of(["good", "bad", "good"])}, "the facts of task 'classification' .* are damaged"),
     ],
 )
 def test_what_a_bundle_cannot_hold_is_refused_when_it_is_written(bundle, tmp_path, change, message):
@@ -396,4 +442,4 @@ def test_the_bundle_agrees_with_the_model_in_pytorch(bundle):
     batch = tokenizer(TEXTS, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
     with torch.no_grad():
         expected = torch_model()(**batch).logits.numpy()
-    np.testing.assert_allclose(Bundle.open(bundle).logits([{"text": text} for text in TEXTS]), expected, atol=1e-3)
+    np.testing.assert_allclose(logits_of(Bundle.open(bundle), [{"text": text} for text in TEXTS]), expected, atol=1e-3)

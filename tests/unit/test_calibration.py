@@ -9,14 +9,14 @@ import torch
 
 from export.compress.quantize import activation_ranges, quantize_matmuls
 from export.engines.graph import export_onnx, initializers, weight_matmuls
-from tests.unit.models import tiny_classifier
-from tests.unit.test_engines import INPUTS, examples, task  # noqa: F401 - fixtures
+from tests.unit.models import GRAPH, tiny_classifier
+from tests.unit.test_engines import examples, task  # noqa: F401 - fixtures
 
 
 def test_ranges_and_weight_scales_are_those_of_modelopt(task, examples):  # noqa: F811
     quantization = pytest.importorskip("modelopt.torch.quantization", reason="the extra `modelopt` is not installed")
     model = tiny_classifier(initializer_range=0.2)
-    graph = export_onnx(model, INPUTS)
+    graph = export_onnx(model, GRAPH)
     products = weight_matmuls(graph)
     ranges = activation_ranges(graph, task, examples)
 
@@ -27,7 +27,7 @@ def test_ranges_and_weight_scales_are_those_of_modelopt(task, examples):  # noqa
     def calibrate(module):
         with torch.no_grad():
             for example in examples:
-                task.logits(module, task.collate([example]))
+                task.forward(module, task.collate([example]))
 
     reference = quantization.quantize(copy.deepcopy(model), config, calibrate)
     modules = dict(reference.named_modules())

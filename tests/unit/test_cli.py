@@ -54,7 +54,12 @@ BAD_RECIPES = {
     "label missing in some rows": (None, rows_with(unlabelled), "rows.jsonl:9: ", "no column 'label'"),
     "empty text": (None, rows_with(empty_text), "rows.jsonl:5: ", "column 'text' is empty"),
     "empty data": (None, lambda directory: write_rows(directory / "rows.jsonl", []), "rows.jsonl: ", "no rows"),
-    "unknown task": ({"t": {"finetune": finetune_section(task={"type": "clasify"})}}, None, ":", "should be 'classification'"),
+    "unknown task": (
+        {"t": {"finetune": finetune_section(task={"type": "clasify"})}},
+        None,
+        ":",
+        "unknown task 'clasify' (known: classification)",
+    ),
     "unknown model": ({"teacher": {"finetune": finetune_section(model="modle")}}, None, ":", "model 'modle' is no stage"),
     "unknown ZeRO name": ({"teacher": {"finetune": finetune_section(parallel="zero9")}}, None, ":", "did you mean 'zero"),
     "model without weights": (None, without_weights, "model: ", "a model directory without weights"),

@@ -6,21 +6,21 @@ import pytest
 import torch
 from onnx import TensorProto
 
+from engine.answers._batches import batched, padded
 from engine.errors import UserError
+from engine.evaluate import torch_run
 from engine.models.structure import shrink
-from engine.tasks import ClassificationConfig
-from engine.tasks.classification import Classification
 from export.benchmark import Candidate, measure, summary
 from export.compress.quantize import activation_ranges, quantize_embeddings, quantize_matmuls, quantize_weight, tensorrt_form
 from export.engines.graph import export_onnx, initializers, merge_projections, weight_bytes, weight_matmuls
 from export.engines.ort import OrtEngine
-from export.engines.parity import ParityGates, check_parity, engine_logits
+from export.engines.parity import ParityGates, check_parity, observe, run_of
 from tests.recipes import ragged_rows
-from tests.unit.models import tiny_classifier, tiny_tokenizer
+from tests.unit.models import GRAPH, INPUTS, classification_task, tiny_classifier
 
-INPUTS = ["input_ids", "attention_mask", "token_type_ids"]
 LOUD = 63
 """A token that no row holds."""
+ROWS = [{**row, "label": str(row["label"])} for row in ragged_rows(64)]
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +32,17 @@ def model():
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    return Classification(
-        ClassificationConfig(type="classification"), ["0", "1"], tiny_tokenizer(tmp_path_factory.mktemp("t")), 48
-    )
+    return classification_task(tmp_path_factory.mktemp("t"), 48)
 
 
 @pytest.fixture(scope="module")
 def examples(task):
-    return task.encode([{**row, "label": str(row["label"])} for row in ragged_rows(64)])
+    return task.encode(ROWS)
 
 
 @pytest.fixture(scope="module")
 def plain(model):
-    return export_onnx(model, INPUTS)
+    return export_onnx(model, GRAPH)
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +65,26 @@ def quantized(merged, task, examples):
 
 def torch_logits(model, task, examples):
     with torch.no_grad():
-        return np.concatenate([task.logits(model, task.collate([example])).numpy() for example in examples])
+        return np.concatenate([task.forward(model, task.collate([example])).logits.numpy() for example in examples])
 
 
-def run(proto, task, examples, **options):
-    return engine_logits(OrtEngine(proto.SerializeToString(), 1), task, examples, **{"batch": 1, **options})
+def logits_of(engine, task, rows, batch=1, length=0):
+    """Logits of every row in batches of similar length, padded to at least `length` tokens."""
+    call = padded(run_of({"model": engine}), length, task.answers.padding)
+    return batched(call, batch)("model", task.answers.prepare(rows))["logits"]
+
+
+def run(proto, task, **options):
+    return logits_of(OrtEngine(proto.SerializeToString(), 1), task, ROWS, **options)
 
 
 @pytest.mark.parametrize("options", [{"batch": 1}, {"batch": 7}, {"batch": 64}, {"batch": 3, "length": 48}])
 def test_the_graph_gives_the_models_logits_for_every_batch_length_and_padding(plain, model, task, examples, options):
-    np.testing.assert_allclose(run(plain, task, examples, **options), torch_logits(model, task, examples), atol=2e-5)
+    np.testing.assert_allclose(run(plain, task, **options), torch_logits(model, task, examples), atol=2e-5)
 
 
 def test_merging_query_key_and_value_changes_the_nodes_but_not_the_logits(plain, merged, task, examples):
-    np.testing.assert_allclose(run(merged, task, examples), run(plain, task, examples), atol=1e-5)
+    np.testing.assert_allclose(run(merged, task), run(plain, task), atol=1e-5)
     assert len(weight_matmuls(plain)) - len(weight_matmuls(merged)) == 4
 
 
@@ -122,7 +126,7 @@ def test_onnx_runtime_fuses_every_quantized_product(quantized, tmp_path):
 
 
 def test_int8_stays_close_to_the_float_model_and_is_a_quarter_of_its_size(merged, quantized, task, examples):
-    full, small = run(merged, task, examples), run(quantized, task, examples)
+    full, small = run(merged, task), run(quantized, task)
     assert (full.argmax(1) == small.argmax(1)).mean() > 0.95
     assert np.abs(full - small).max() < 0.1 * np.ptp(full)
     assert weight_bytes(quantized) < 0.45 * weight_bytes(merged)  # biases and normalization weigh much in a tiny model
@@ -140,7 +144,7 @@ def test_weights_are_rounded_by_at_most_half_a_step_per_channel(merged, quantize
 def test_the_form_for_tensorrt_computes_the_same(quantized, task, examples):
     changed = tensorrt_form(quantized)
     onnx.checker.check_model(changed)
-    np.testing.assert_allclose(run(changed, task, examples), run(quantized, task, examples), atol=1e-6)
+    np.testing.assert_allclose(run(changed, task), run(quantized, task), atol=1e-6)
     gathers = [node for node in changed.graph.node if node.op_type == "Gather"]
     assert not any(initializers(changed).get(n.input[0], onnx.TensorProto()).data_type == TensorProto.INT8 for n in gathers)
 
@@ -182,27 +186,34 @@ def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path):
 class Moved:
     """An engine whose logits move when a call has several rows, or the largest number of tokens."""
 
-    inputs = INPUTS
+    inputs, outputs = INPUTS, ["logits"]
 
     def __init__(self, engine, rows=0.0, tokens=0.0):
         self.engine, self.rows, self.tokens = engine, rows, tokens
 
     def run(self, arrays):
         rows, tokens = arrays["input_ids"].shape
-        return self.engine.run(arrays) + np.float32([0, self.rows * (rows > 1) + self.tokens * (tokens == 48)])
+        moved = np.float32([0, self.rows * (rows > 1) + self.tokens * (tokens == 48)])
+        return {name: array + moved for name, array in self.engine.run(arrays).items()}
 
 
-def test_the_gates_let_a_faithful_engine_pass_and_stop_the_others(quantized, model, task, examples):
-    engine = OrtEngine(quantized.SerializeToString(), 1)
-    reference = torch_logits(model, task, examples)
-    found = check_parity(engine, task, examples, reference, ParityGates(agreement=0.9))
+def test_the_gates_let_a_faithful_engine_pass_and_stop_the_others(quantized, model, task):
+    engine, answers = OrtEngine(quantized.SerializeToString(), 1), task.answers
+    reference = observe(torch_run(model, task), answers, ROWS)
+
+    def check(engine, agreement, against=reference):
+        return check_parity(run_of({"model": engine}), answers, ROWS, against, ParityGates(agreement=agreement), 48)
+
+    found = check(engine, 0.9)
     assert found["batch_difference"] < 1e-4 and found["padding_difference"] < 1e-4 and found["rows"] == 64
-    with pytest.raises(UserError, match="depend on batch"):
-        check_parity(Moved(engine, rows=0.1), task, examples, reference, ParityGates(agreement=0))
+    assert found["outputs"]["model/logits"]["cosine"] == found["cosine"] > 0.99
+    with pytest.raises(UserError, match="model/logits depend on batch"):
+        check(Moved(engine, rows=0.1), 0)
     with pytest.raises(UserError, match="depend on padding"):
-        check_parity(Moved(engine, tokens=0.1), task, examples, reference, ParityGates(agreement=0))
+        check(Moved(engine, tokens=0.1), 0)
+    opposite = observe(lambda graph, arrays: {"logits": -torch_run(model, task)(graph, arrays)["logits"]}, answers, ROWS)
     with pytest.raises(UserError, match=r"only .*% of 64 rows"):
-        check_parity(engine, task, examples, -reference, ParityGates())
+        check(engine, 0.95, opposite)
 
 
 def test_candidates_run_the_same_inputs_in_turn_and_everyone_goes_first_once(monkeypatch):

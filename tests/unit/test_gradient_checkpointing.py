@@ -27,7 +27,7 @@ def test_losses_gradients_and_weights_are_the_same_with_dropout_on(tmp_path, nam
 
 def test_layers_really_run_twice(tmp_path):
     stage = load_stages(load_recipe(write_recipe(tmp_path), ["teacher.train.gradient_checkpointing=true"]))[0]
-    model = load_model(tmp_path / "model", "classification")
+    model = load_model(tmp_path / "model", "AutoModelForSequenceClassification")
     runs = []
     model.bert.encoder.layer[0].attention.register_forward_pre_hook(lambda *_: runs.append(1))
 
@@ -42,14 +42,14 @@ def test_layers_really_run_twice(tmp_path):
 
 def test_a_model_that_was_loaded_trains_with_its_dropout(tmp_path):
     stage = load_stages(load_recipe(write_recipe(tmp_path)))[0]
-    model = load_model(tmp_path / "model", "classification")
+    model = load_model(tmp_path / "model", "AutoModelForSequenceClassification")
     assert not model.training  # transformers loads models for inference
     trainer = Trainer(Processes(stage.config, stage.recipe), model, lambda model, batch: None)
     assert all(module.training for module in trainer.model.modules())
 
 
 def test_a_model_that_cannot_do_it_is_refused(tmp_path):
-    model = load_model(write_recipe(tmp_path).parent / "model", "classification")
+    model = load_model(write_recipe(tmp_path).parent / "model", "AutoModelForSequenceClassification")
     model.supports_gradient_checkpointing = False
     with pytest.raises(UserError, match=r"train.gradient_checkpointing: models of type 'bert' cannot do that: turn it off"):
         checkpoint_activations(model)
@@ -58,7 +58,7 @@ def test_a_model_that_cannot_do_it_is_refused(tmp_path):
 @pytest.mark.parametrize("saved", [torch.float16, torch.bfloat16])
 def test_weights_that_were_saved_in_half_precision_are_trained_in_fp32(tmp_path, saved):
     path = write_recipe(tmp_path).parent / "model"
-    load_model(path, "classification").to(saved).save_pretrained(path)
+    load_model(path, "AutoModelForSequenceClassification").to(saved).save_pretrained(path)
     for random in (False, True):
-        model = load_model(path, "classification", random=random)
+        model = load_model(path, "AutoModelForSequenceClassification", random=random)
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

@@ -12,10 +12,10 @@ from engine.data.cells import label_cell, refuse_scores, text_cell
 from engine.data.sources import SourceConfig, SourceRows, share_of
 from engine.data.splits import DataConfig, load_splits
 from engine.errors import UserError
-from engine.tasks import ClassificationConfig
+from engine.tasks.classification import Config
 from tests.recipes import write_rows
 
-TASK = ClassificationConfig(type="classification")
+TASK = Config(type="classification")
 
 
 @pytest.fixture
@@ -190,10 +190,10 @@ def test_half_stars_and_numbered_classes_are_classes(labels):
 
 
 def test_names_of_labels_that_are_not_there_are_refused():
-    task = ClassificationConfig(type="classification", names={"0": "negative", "postive": "positive"})
+    task = Config(type="classification", names={"0": "negative", "postive": "positive"})
     with pytest.raises(UserError, match=r"task.names: 'postive' is no label of column 'label': did you mean 'positive'\?"):
-        task.check_labels({"0", "positive"}, complete=True)
-    task.check_labels({"0"}, complete=False)
+        task.check_rows([{"label": "0"}, {"label": "positive"}], complete=True)
+    task.check_rows([{"label": "0"}], complete=False)
 
 
 # Splits.
@@ -201,7 +201,7 @@ def test_names_of_labels_that_are_not_there_are_refused():
 
 def split(recipe, tmp_path, rows, **data):
     write_rows(tmp_path / "rows.jsonl", rows)
-    return load_splits(DataConfig(train="rows.jsonl", **data), recipe(), "text", TASK.columns, TASK.label_of)
+    return load_splits(DataConfig(train="rows.jsonl", **data), recipe(), "text", TASK.columns, TASK.class_of)
 
 
 def test_a_hash_of_the_text_decides_the_split_and_equal_texts_stay_together(tmp_path, recipe):

@@ -7,12 +7,10 @@ import torch
 from engine.errors import UserError
 from engine.models import STRUCTURE_KEY, load_model, size_of
 from engine.models.structure import encoder_layers, shrink
-from engine.tasks import ClassificationConfig
-from engine.tasks.classification import Classification
 from export.compress.distill import keep_layers
 from export.compress.prune import PruneConfig, importance, strongest
 from tests.recipes import finetune_section, ragged_rows, run_here, write_model, write_recipe
-from tests.unit.models import tiny_classifier, tiny_tokenizer
+from tests.unit.models import classification_task, tiny_classifier
 
 IDS = torch.tensor([[2, 10, 11, 12, 3], [2, 20, 21, 3, 0]])
 MASK = (IDS != 0).long()
@@ -42,11 +40,11 @@ def test_a_shrunk_model_survives_saving_and_loading_and_shrinks_again(tmp_path):
     model = tiny_classifier()
     shrink(model, [[0, 2], [1, 3]], [range(10), range(20, 30)])
     model.save_pretrained(tmp_path / "once")
-    loaded = load_model(tmp_path / "once", "classification")
+    loaded = load_model(tmp_path / "once", "AutoModelForSequenceClassification")
     assert torch.equal(logits(loaded.eval()), logits(model))
     shrink(loaded, [[1], [0]], [range(5), range(5)])
     loaded.save_pretrained(tmp_path / "twice")
-    assert torch.equal(logits(load_model(tmp_path / "twice", "classification").eval()), logits(loaded))
+    assert torch.equal(logits(load_model(tmp_path / "twice", "AutoModelForSequenceClassification").eval()), logits(loaded))
 
 
 def test_layers_of_a_shrunk_model_can_be_dropped(tmp_path):
@@ -55,7 +53,7 @@ def test_layers_of_a_shrunk_model_can_be_dropped(tmp_path):
     keep_layers(model, [1])
     assert getattr(model.config, STRUCTURE_KEY) == {"heads": [1], "neurons": [7]}
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(load_model(tmp_path, "classification").eval()), logits(model))
+    assert torch.equal(logits(load_model(tmp_path, "AutoModelForSequenceClassification").eval()), logits(model))
 
 
 def test_weights_that_do_not_fit_the_structure_are_refused(tmp_path):
@@ -65,11 +63,11 @@ def test_weights_that_do_not_fit_the_structure_are_refused(tmp_path):
     text = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(text.replace(STRUCTURE_KEY, "something_else"))
     with pytest.raises(UserError, match="cannot be loaded"):
-        load_model(tmp_path, "classification")
+        load_model(tmp_path, "AutoModelForSequenceClassification")
 
 
 def test_a_head_and_a_neuron_without_effect_are_the_least_important(tmp_path):
-    task = Classification(ClassificationConfig(type="classification"), ["0", "1"], tiny_tokenizer(tmp_path), 16)
+    task = classification_task(tmp_path)
     model = tiny_classifier(initializer_range=0.2)
     with torch.no_grad():
         for layer in encoder_layers(model):
@@ -84,7 +82,7 @@ def test_a_head_and_a_neuron_without_effect_are_the_least_important(tmp_path):
 
 
 def test_importance_is_the_first_order_change_of_the_loss(tmp_path):
-    task = Classification(ClassificationConfig(type="classification"), ["0", "1"], tiny_tokenizer(tmp_path), 16)
+    task = classification_task(tmp_path)
     model = tiny_classifier(initializer_range=0.2)
     examples = task.encode([{"text": "a good film", "label": "1"}])
     _, neurons = importance(model, task, examples)
@@ -116,7 +114,7 @@ def test_the_prune_stage_hands_on_a_smaller_model_with_its_scores(tmp_path):
     stage = run_here(recipe, "slim", tmp_path / "runs")
     record = (stage.directory / "stage.json").read_text()
     assert '"test"' in record and '"kept"' in record
-    layers = encoder_layers(load_model(stage.directory, "classification"))
+    layers = encoder_layers(load_model(stage.directory, "AutoModelForSequenceClassification"))
     assert [(layer.heads, layer.neurons) for layer in layers] == [(2, 16), (2, 16)]
     assert len((stage.directory / "predictions.jsonl").read_text().splitlines()) > 0
-    assert np.isfinite(size_of(load_model(stage.directory, "classification"))["weight_bytes"])
+    assert np.isfinite(size_of(load_model(stage.directory, "AutoModelForSequenceClassification"))["weight_bytes"])

@@ -10,10 +10,9 @@ from engine.errors import UserError
 from export.compress.quantize import activation_ranges, quantize_embeddings, quantize_matmuls, tensorrt_form
 from export.engines.graph import export_onnx, merge_projections
 from export.engines.ort import OrtEngine
-from export.engines.parity import engine_logits
 from export.engines.trt import Profile, TrtEngine, build_engine, parse_network, quantized_matmuls, tensorrt_module
-from tests.unit.models import tiny_classifier
-from tests.unit.test_engines import INPUTS, examples, task  # noqa: F401 - fixtures
+from tests.unit.models import GRAPH, tiny_classifier
+from tests.unit.test_engines import ROWS, examples, logits_of, task  # noqa: F401 - fixtures
 
 pytest.importorskip("tensorrt_rtx", reason="the extra `rtx` is not installed")
 PROFILE = Profile(4, 8, 16, 48)
@@ -21,7 +20,7 @@ PROFILE = Profile(4, 8, 16, 48)
 
 @pytest.fixture(scope="module")
 def quantized(task, examples):  # noqa: F811
-    graph = export_onnx(tiny_classifier(initializer_range=0.2), INPUTS)
+    graph = export_onnx(tiny_classifier(initializer_range=0.2), GRAPH)
     merge_projections(graph)
     quantize_matmuls(graph, activation_ranges(graph, task, examples))
     quantize_embeddings(graph)
@@ -41,7 +40,7 @@ def test_the_int8_graph_builds_and_every_weight_product_reads_two_int8_inputs(qu
 
 
 def test_a_float_graph_builds_too_and_has_no_quantized_product():
-    trt, parsed = parse(export_onnx(tiny_classifier(), INPUTS))
+    trt, parsed = parse(export_onnx(tiny_classifier(), GRAPH))
     assert quantized_matmuls(trt, parsed.network) == ([], [])
     assert build_engine(trt, parsed, PROFILE)
 
@@ -89,12 +88,12 @@ def test_an_engine_without_a_gpu_is_refused_in_one_line(tmp_path, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_rtx"])
-def test_the_compiled_engine_agrees_with_onnx_runtime(quantized, task, examples, backend, tmp_path):  # noqa: F811
+def test_the_compiled_engine_agrees_with_onnx_runtime(quantized, task, backend, tmp_path):  # noqa: F811
     pytest.importorskip(backend)
     trt = tensorrt_module(backend)
     parsed = parse_network(trt, tensorrt_form(quantized).SerializeToString())
     (tmp_path / "model.engine").write_bytes(build_engine(trt, parsed, PROFILE, positions=64))
-    compiled = engine_logits(TrtEngine(tmp_path / "model.engine", backend), task, examples, 8)
-    expected = engine_logits(OrtEngine(quantized.SerializeToString(), 1), task, examples, 8)
+    compiled = logits_of(TrtEngine(tmp_path / "model.engine", backend), task, ROWS, batch=8)
+    expected = logits_of(OrtEngine(quantized.SerializeToString(), 1), task, ROWS, batch=8)
     assert (compiled.argmax(1) == expected.argmax(1)).mean() >= 0.95
     np.testing.assert_allclose(compiled, expected, atol=0.1 * np.ptp(expected))

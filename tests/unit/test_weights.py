@@ -29,7 +29,9 @@ def made(tmp_path_factory):
     write_model(directory / "whole")
     shutil.copytree(directory / "whole", directory / "sharded")
     (directory / "sharded/model.safetensors").unlink()
-    load_model(directory / "whole", "classification").save_pretrained(directory / "sharded", max_shard_size="60KB")
+    load_model(directory / "whole", "AutoModelForSequenceClassification").save_pretrained(
+        directory / "sharded", max_shard_size="60KB"
+    )
     return directory
 
 
@@ -101,7 +103,7 @@ def test_damaged_weights_are_named_by_check_and_by_loading_alike(made, tmp_path,
     damage(tmp_path / "model")
     assert message in refused(tmp_path)
     with pytest.raises(UserError) as error:
-        load_model(tmp_path / "model", "classification")
+        load_model(tmp_path / "model", "AutoModelForSequenceClassification")
     assert message in str(error.value)
 
 
@@ -158,7 +160,7 @@ def test_a_configuration_and_weights_that_do_not_belong_together_are_named(model
 
 
 def test_facts_are_those_of_the_loaded_model(model):
-    files, loaded = ModelFiles(model), load_model(model, "classification")
+    files, loaded = ModelFiles(model), load_model(model, "AutoModelForSequenceClassification")
     assert files.embedding_rows == loaded.get_input_embeddings().num_embeddings
     assert files.head_rows == loaded.num_labels
     assert files.vocabulary == len(load_tokenizer(model))
