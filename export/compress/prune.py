@@ -68,8 +68,8 @@ def importance(model: Any, task: Task, examples: list[Example]) -> tuple[torch.T
 
     hooks = []
     for index, layer in enumerate(layers):
-        hooks.append(layer.attention_output.dense.register_forward_pre_hook(watch("heads", index)))
-        hooks.append(layer.down.dense.register_forward_pre_hook(watch("neurons", index)))
+        hooks.append(layer.part("output").register_forward_pre_hook(watch("heads", index)))
+        hooks.append(layer.part("down").register_forward_pre_hook(watch("neurons", index)))
     model.eval()
     for start in range(0, len(examples), BATCH):
         batch = task.collate(examples[start : start + BATCH])
