@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from engine import heartbeat
 from engine.answers import Answer, Arrays, Row, Run
 from engine.answers._batches import Recorder, answer_all
 from engine.data.batches import EVALUATION_BATCH, batches_by_length
+from engine.data.stored import lengths_of
 from engine.tasks import Example, Task
 
 
@@ -102,7 +103,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def share_of_answers(model: torch.nn.Module, task: Task, rows: list[Row], ranks: Ranks = ALONE) -> list[Answer]:
+def share_of_answers(model: torch.nn.Module, task: Task, rows: Sequence[Row], ranks: Ranks = ALONE) -> list[Answer]:
     """Returns the answers to this rank's share of the rows: every `processes`-th one.
 
     Args:
@@ -116,7 +117,9 @@ def share_of_answers(model: torch.nn.Module, task: Task, rows: list[Row], ranks:
     return answers
 
 
-def evaluate(model: torch.nn.Module, task: Task, rows: list[Row], ranks: Ranks = ALONE) -> tuple[dict[str, float], list[Answer]]:
+def evaluate(
+    model: torch.nn.Module, task: Task, rows: Sequence[Row], ranks: Ranks = ALONE
+) -> tuple[dict[str, float], list[Answer]]:
     """Returns (metrics, answers in the order of `rows`)."""
     answers: list[Any] = [None] * len(rows)
     for rank, share in enumerate(ranks.gather(share_of_answers(model, task, rows, ranks))):
@@ -125,7 +128,7 @@ def evaluate(model: torch.nn.Module, task: Task, rows: list[Row], ranks: Ranks =
     return task.answers.metrics(answers, rows), answers
 
 
-def outputs_of(model: torch.nn.Module, task: Task, rows: list[Row]) -> list[float]:
+def outputs_of(model: torch.nn.Module, task: Task, rows: Sequence[Row]) -> list[float]:
     """Returns every number that the model's graphs give for a few rows."""
     recorder = Recorder(torch_run(model, task))
     with evaluating(model):
@@ -135,14 +138,14 @@ def outputs_of(model: torch.nn.Module, task: Task, rows: list[Row]) -> list[floa
 
 @torch.no_grad()
 def outputs_of_examples(
-    model: torch.nn.Module, task: Task, examples: list[Example], ranks: Ranks = ALONE
+    model: torch.nn.Module, task: Task, examples: Sequence[Example], ranks: Ranks = ALONE
 ) -> tuple[np.ndarray, Arrays]:
     """Runs this rank's share of encoded rows: every `processes`-th batch; all ranks run the same number of forward passes.
 
     Returns:
         (row numbers, shape (n,); outputs by name, each with n rows) of this rank's share.
     """
-    batches = batches_by_length([len(example["input_ids"]) for example in examples], EVALUATION_BATCH)
+    batches = batches_by_length(lengths_of(examples), EVALUATION_BATCH)
     rows: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
     outputs: dict[str, list[np.ndarray]] = {name: [] for name in task.outputs}
     device = next(model.parameters()).device

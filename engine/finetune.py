@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from pathlib import Path
@@ -49,31 +50,31 @@ def run(stage: Stage[FinetuneConfig]) -> None:
     stage.inputs  # noqa: B018 - missing inputs show before anything heavy is loaded
     import torch
 
-    from engine.data.rows import LabelledBatches, load_rows, prepare
+    from engine.data.rows import LabelledBatches, prepare_on_disk
     from engine.distributed import Processes
     from engine.loop import Fit
     from engine.models import check_length, load_model, load_tokenizer, read_config, set_dropout
     from engine.randomness import torch_seed
-    from engine.tasks import task_of_rows
+    from engine.tasks import task_class
 
     started = time.monotonic()
-    rows = load_rows(config.task, config.data, stage.recipe)
     check_length(config.max_length, read_config(path), "max_length", path)
-    task = task_of_rows(config.task, rows["train"], load_tokenizer(path), config.max_length)
-    data = prepare(rows, task)
+    tokenizer = load_tokenizer(path)
     processes = Processes(config, stage.recipe, stage.partial)
+    if processes.main:
+        stage.begin()
+    learn = functools.partial(task_class(config.task).learn, config.task)
+    data = prepare_on_disk(config, stage.recipe, stage.partial / "rows", processes, tokenizer, learn)
+    task = data.task
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
     model = load_model(path, task.head, settings=task.settings(), random=config.initialize == "random")
     if config.train.dropout is not None:
         set_dropout(model, config.train.dropout)
-    if processes.main:
-        stage.begin()
-    processes.barrier()
     batches = LabelledBatches(data.examples["train"], task, config.train.batch_size, stage.seed)
     judge = judge_of(data)
     save = saver(model, task.tokenizer)
     fit = Fit(processes, model, task.loss, batches, judge, save, stage.partial, stage.name, stage.seed)
-    for note in [f"{processes.describe}; {data.describe}", *rows.notes]:
+    for note in [f"{processes.describe}; {data.describe}", *data.notes]:
         fit.tracker.say(note)
     state = fit.run()
     hand_over(stage, processes, data, state, fit.weights, started)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -180,7 +181,7 @@ def run_benchmark(
 
 
 def compare(
-    config: ExportConfig, baseline: Path, task: Task, rows: list[Row], answers: list[Answer], size: int
+    config: ExportConfig, baseline: Path, task: Task, rows: Sequence[Row], answers: list[Answer], size: int
 ) -> dict[str, Any]:
     """Returns what the engine loses and saves against the baseline: the metric, with its paired interval where it has one.
 
@@ -207,7 +208,7 @@ def compare(
     }
 
 
-def golden_rows(answers: Answers, rows: list[Row], lengths: list[int]) -> list[Row]:
+def golden_rows(answers: Answers, rows: Sequence[Row], lengths: list[int]) -> list[Row]:
     """Returns GOLDEN rows spread evenly over the lengths, shortest and longest included: the inputs alone."""
     import numpy as np
 

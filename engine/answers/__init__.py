@@ -13,7 +13,7 @@ import abc
 import importlib
 import importlib.metadata
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -78,7 +78,7 @@ class Answers(abc.ABC):
         """{name of an input: column of the rows that it was trained on}; a row may use either."""
 
     @abc.abstractmethod
-    def prepare(self, rows: list[Row]) -> Arrays:
+    def prepare(self, rows: Sequence[Row]) -> Arrays:
         """Returns the inputs of the first graph, of N rows; rows need no truth.
 
         Raises:
@@ -86,18 +86,18 @@ class Answers(abc.ABC):
         """
 
     @abc.abstractmethod
-    def answer(self, run: Run, rows: list[Row]) -> list[Answer]:
+    def answer(self, run: Run, rows: Sequence[Row]) -> list[Answer]:
         """Returns one answer per row, in order. `run` takes any number of rows; it cuts them into batches."""
 
     @abc.abstractmethod
-    def metrics(self, answers: list[Answer], rows: list[Row]) -> dict[str, float]:
+    def metrics(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, float]:
         """Judges answers to rows that hold the truth: at least `metric`, and `examples`, how many rows were judged."""
 
     @abc.abstractmethod
     def record(self, answer: Answer, row: Row) -> dict[str, Any]:
         """Returns a line of predictions.jsonl: `id` (of the inputs alone), the truth and the prediction."""
 
-    def right(self, answers: list[Answer], rows: list[Row]) -> np.ndarray:
+    def right(self, answers: list[Answer], rows: Sequence[Row]) -> np.ndarray:
         """Says of every row whether it was answered right, shape (N,); only where `metric.counted`."""
         raise NotImplementedError
 

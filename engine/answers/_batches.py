@@ -5,7 +5,7 @@ Shapes: N rows of a whole call, B rows of a batch, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ AT_ONCE = 4096
 MASK = "attention_mask"
 
 
-def answer_all(answers: Answers, run: Run, rows: list[Row], size: int) -> list[Answer]:
+def answer_all(answers: Answers, run: Run, rows: Sequence[Row], size: int) -> list[Answer]:
     """Returns the answers to any number of rows, in order.
 
     Args:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ def texts_of(row: Row, columns: dict[str, str]) -> list[str]:
     return found
 
 
-def encodings(tokenizer: Any, rows: list[Row], columns: dict[str, str]) -> list[Any]:
+def encodings(tokenizer: Any, rows: Sequence[Row], columns: dict[str, str]) -> list[Any]:
     """Tokenizes rows with one or two texts each; what truncation cut is in an encoding's `overflowing`."""
     texts = [texts_of(row, columns) for row in rows]
     return tokenizer.encode_batch([tuple(row) if len(row) > 1 else row[0] for row in texts])

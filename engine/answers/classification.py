@@ -5,6 +5,7 @@ Shapes: N rows, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,14 +38,14 @@ class Answers(contract.Answers):
         pair = self.facts["text_pair"]
         return {"text": self.facts["text"], **({"text_pair": pair} if pair else {})}
 
-    def encode(self, rows: list[Row]) -> list[Any]:
+    def encode(self, rows: Sequence[Row]) -> list[Any]:
         """Tokenizes rows; the encodings are padded to the longest."""
         return encodings(self.tokenizer, rows, self.columns)
 
-    def prepare(self, rows: list[Row]) -> Arrays:
+    def prepare(self, rows: Sequence[Row]) -> Arrays:
         return arrays_of(self.encode(rows))
 
-    def answer(self, run: Run, rows: list[Row]) -> list[Answer]:
+    def answer(self, run: Run, rows: Sequence[Row]) -> list[Answer]:
         """Returns {"label", "score", "scores": {label: probability}} of each row."""
         return [self._answer(scores_C) for scores_C in softmax(run(MODEL, self.prepare(rows))[OUTPUT])]
 
@@ -57,10 +58,10 @@ class Answers(contract.Answers):
         """Returns the name of a row's label, None for an unlabelled row."""
         return label_of(row, self.facts["label"], self.facts["names"])
 
-    def right(self, answers: list[Answer], rows: list[Row]) -> np.ndarray:
+    def right(self, answers: list[Answer], rows: Sequence[Row]) -> np.ndarray:
         return np.array([answer["label"] == self.truth(row) for answer, row in zip(answers, rows, strict=True)], dtype=bool)
 
-    def metrics(self, answers: list[Answer], rows: list[Row]) -> dict[str, float]:
+    def metrics(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, float]:
         """Returns accuracy and macro F1 in percent, mean loss in nats, and the number of examples."""
         number = {label: index for index, label in enumerate(self.labels)}
         truth_N = np.array([number[str(self.truth(row))] for row in rows])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def most_processes(batch_size: int, micro_batch_size: int | None, limit: int) ->
     return max(fits, default=limit)
 
 
-def batches_by_length(lengths: list[int], size: int) -> list[np.ndarray]:
+def batches_by_length(lengths: Sequence[int] | np.ndarray, size: int) -> list[np.ndarray]:
     """Cuts row numbers, sorted by length, into batches of at most `size`: least padding."""
     order = np.argsort(np.asarray(lengths), kind="stable")
     return [order[start : start + size] for start in range(0, len(order), size)]
@@ -70,12 +71,13 @@ class BatchPlan:
     @functools.lru_cache(maxsize=2)  # noqa: B019 - one plan lives as long as its training
     def _epoch(self, epoch: int) -> np.ndarray:
         rng = generator(self.seed, "order", epoch)
-        order = rng.permutation(len(self.lengths))
+        order = rng.permutation(len(self.lengths)).astype(np.int32 if len(self.lengths) < 2**31 else np.int64)
         order = np.resize(order, self.steps_per_epoch * self.batch_size)
         if self.bucket:
             window = BUCKET_BATCHES * self.batch_size
-            parts = [order[start : start + window] for start in range(0, len(order), window)]
-            order = np.concatenate([part[np.argsort(self.lengths[part], kind="stable")] for part in parts])
+            for start in range(0, len(order), window):
+                part = order[start : start + window]
+                part[:] = part[np.argsort(self.lengths[part], kind="stable")]
         batches = order.reshape(self.steps_per_epoch, self.batch_size)
         return batches[rng.permutation(self.steps_per_epoch)]
 

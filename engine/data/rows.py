@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +16,20 @@ from engine.answers import Answer
 from engine.config import Recipe
 from engine.data.batches import BatchPlan
 from engine.data.readers import Row
-from engine.data.splits import Splits, load_splits
+from engine.data.splits import Held, Splits, load_splits
+from engine.data.stored import RowWriter, StoredExamples, StoredRows, in_chunks, lengths_of, write_examples
 from engine.evaluate import evaluate, outputs_of, write_jsonl
-from engine.tasks import Example, Task, TaskConfig, task_of_model
+from engine.stage import publish
+from engine.tasks import Example, Facts, Task, task_class, task_of_model
 
 if TYPE_CHECKING:
-    from engine.data.splits import DataConfig
     from engine.distributed import Batch, Processes
 
 PROBE_ROWS = 8
+CHUNK = 4096
+"""Rows encoded at a time: enough to keep all cores busy, little memory."""
+ABOUT = "about.json"
+"""In a directory of encoded rows: what all ranks have to know of them."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,10 @@ class Prepared:
     """The splits of one task, as rows and encoded."""
 
     task: Task
-    rows: Splits
-    examples: dict[str, list[Example]]
+    rows: Mapping[str, Sequence[Row]]
+    examples: Mapping[str, Sequence[Example]]
+    notes: list[str] = field(default_factory=list)
+    """What is to be said about the files and the splits."""
 
     @property
     def describe(self) -> str:
@@ -49,7 +59,7 @@ class Prepared:
         return outputs_of(model, self.task, self.rows["validation"][:PROBE_ROWS])
 
     def judge(
-        self, evaluate: Callable[[list[Row]], tuple[dict[str, float], list[Answer]]], output: Path | None
+        self, evaluate: Callable[[Sequence[Row]], tuple[dict[str, float], list[Answer]]], output: Path | None
     ) -> dict[str, dict[str, float]]:
         """Judges a finished model or engine on the held-out splits.
 
@@ -70,14 +80,62 @@ class Prepared:
         return metrics
 
 
-def load_rows(task: TaskConfig, data: DataConfig, recipe: Recipe) -> Splits:
-    """Reads every split of a task's rows."""
-    return load_splits(data, recipe, task.split_by, task.columns, task.class_of)
+def prepare(rows: Mapping[str, Sequence[Row]], task: Task) -> Prepared:
+    """Encodes every split in memory."""
+    return Prepared(task, rows, {name: task.encode(split) for name, split in rows.items()}, getattr(rows, "notes", []))
 
 
-def prepare(rows: Splits, task: Task) -> Prepared:
-    """Encodes every split."""
-    return Prepared(task, rows, {name: task.encode(split) for name, split in rows.items()})
+def prepare_on_disk(
+    config: Any,
+    recipe: Recipe,
+    directory: Path,
+    ranks: Processes,
+    tokenizer: Any,
+    learn: Callable[[Sequence[Row]], Facts],
+    more: Callable[[Splits], Iterable[Row]] = lambda rows: (),
+) -> Prepared:
+    """Reads and encodes the rows of a stage on the main rank, once; every rank then maps the files.
+
+    Args:
+        config: a section with `task`, `data` and `max_length`.
+        directory: of the files, complete or absent; what is there already is taken.
+        ranks: all of them call this.
+        tokenizer: of the model.
+        learn: what the task has to know, from its training rows; called where the rows are read.
+        more: rows to train on beside them, from the splits.
+
+    Raises:
+        UserError: a row that cannot be read or encoded; on the main rank.
+    """
+    kind = task_class(config.task)
+    with ranks.main_first():
+        if not directory.exists():
+            _store(config, recipe, directory, lambda rows: kind(config.task, learn(rows), tokenizer, config.max_length), more)
+    about = json.loads((directory / ABOUT).read_text())
+    task = kind(config.task, about["facts"], tokenizer, config.max_length)
+    task.truncated = about["truncated"]
+    rows = {name: StoredRows(directory / name) for name in about["splits"]}
+    return Prepared(task, rows, {name: StoredExamples(directory / name) for name in rows}, about["notes"])
+
+
+def _store(
+    config: Any,
+    recipe: Recipe,
+    directory: Path,
+    task_of: Callable[[Sequence[Row]], Task],
+    more: Callable[[Splits], Iterable[Row]],
+) -> None:
+    part = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    wanted = config.task
+    rows = load_splits(config.data, recipe, wanted.split_by, wanted.columns, wanted.class_of, lambda name: RowWriter(part / name))
+    task = task_of(rows["train"])
+    for name, split in rows.items():
+        every = itertools.chain(split, more(rows)) if name == "train" else iter(split)
+        write_examples((example for chunk in in_chunks(every, CHUNK) for example in task.encode(chunk)), part / name)
+    about = {"splits": list(rows), "facts": task.facts, "truncated": task.truncated, "notes": rows.notes}
+    (part / ABOUT).write_text(json.dumps(about, ensure_ascii=False))
+    publish(part, directory)
 
 
 def prepare_for_model(config: Any, recipe: Recipe, model: Path | str, train_rows: int | None = None) -> Prepared:
@@ -87,8 +145,9 @@ def prepare_for_model(config: Any, recipe: Recipe, model: Path | str, train_rows
         config: a section with `task`, `data` and `max_length`.
         train_rows: keep only so many training rows, from the top.
     """
-    rows = load_rows(config.task, config.data, recipe)
-    rows["train"] = rows["train"][:train_rows]
+    wanted = config.task
+    limits = {"train": train_rows}
+    rows = load_splits(config.data, recipe, wanted.split_by, wanted.columns, wanted.class_of, lambda name: Held(limits.get(name)))
     for note in rows.notes:
         print(f"  {note}", flush=True)
     return prepare(rows, task_of_model(config.task, model, config.max_length))
@@ -107,14 +166,14 @@ class LabelledBatches:
 
     def __init__(
         self,
-        examples: list[Example],
+        examples: Sequence[Example],
         task: Task,
         batch_size: int,
         seed: int,
         extra: dict[str, np.ndarray] | None = None,
     ) -> None:
         self.examples, self.task, self.extra = examples, task, extra or {}
-        self.lengths = np.asarray([len(example["input_ids"]) for example in examples])
+        self.lengths = lengths_of(examples)
         self.plan = BatchPlan(self.lengths, batch_size, seed)
         self.steps_per_epoch = self.plan.steps_per_epoch
 

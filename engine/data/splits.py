@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Protocol
 
 from pydantic import BeforeValidator, model_validator
 
@@ -41,7 +41,7 @@ class DataConfig(Strict):
         return self
 
 
-class Splits(dict[str, list[Row]]):
+class Splits(dict[str, Sequence[Row]]):
     """{"train": rows, "validation": rows, "test": rows}; absent splits are left out."""
 
     def __init__(self) -> None:
@@ -50,12 +50,40 @@ class Splits(dict[str, list[Row]]):
         """What is to be said about the files and the splits, a fact a line."""
 
 
+class Sink(Protocol):
+    """Takes the rows of one split."""
+
+    def append(self, row: Row) -> None:
+        """Takes one row."""
+
+    def close(self) -> Sequence[Row]:
+        """Returns all of them."""
+
+
+class Held(list[Row]):
+    """Rows in memory, not more than `limit` of them."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def append(self, row: Row) -> None:
+        """Takes one row while there is room."""
+        if self.limit is None or len(self) < self.limit:
+            super().append(row)
+
+    def close(self) -> Sequence[Row]:
+        """Returns the rows."""
+        return self
+
+
 def load_splits(
     data: DataConfig,
     recipe: Recipe,
     key: str,
     columns: Mapping[str, Cell],
     label_of: Callable[[Row], Any] | None = None,
+    new: Callable[[str], Sink] = lambda name: Held(),
 ) -> Splits:
     """Reads every split.
 
@@ -65,20 +93,38 @@ def load_splits(
         key: the column whose hash decides a row's split.
         columns: the columns that every row must fill, and what is made of their cells.
         label_of: the class of a row, where there are classes: shares then leave each of them a row to train on.
+        new: makes what takes the rows of a split of that name, in memory or on disk.
 
     Raises:
         UserError: bad file or row (file and line), or a split without rows.
     """
     splits = Splits()
-    for name in parts_of(data):
-        splits[name] = []
-    for name, row in iter_splits(data, recipe, key, columns, splits.notes):
-        splits[name].append(row)
+    sinks = {name: new(name) for name in parts_of(data)}
     shares = [name for name, part in parts_of(data).items() if not isinstance(part, SourceConfig)]
-    if shares and label_of:
-        _keep_classes(splits, shares, key, label_of)
-    for name, part_rows in splits.items():
-        if not part_rows:
+    trained: set[Any] = set()
+    held: dict[Any, str] = {}
+    """Label to that of its held-out texts with the largest hash, the first that a smaller share would leave in training."""
+    for name, row in iter_splits(data, recipe, key, columns, splits.notes):
+        sinks[name].append(row)
+        if label_of and name == "train":
+            trained.add(label_of(row))
+        elif label_of and name in shares:
+            label, text = label_of(row), str(row[key])
+            if label not in held or share_of(text) > share_of(held[label]):
+                held[label] = text
+    lost = {label: text for label, text in held.items() if label not in trained}
+    moved = set(lost.values())
+    for name in shares if lost else []:
+        rows = sinks[name].close()
+        sinks[name] = new(name)
+        for row in rows:
+            sinks["train" if str(row[key]) in moved else name].append(row)
+    if lost:
+        shown = ", ".join(sorted(map(str, lost))[:SHOWN]) + (", …" if len(lost) > SHOWN else "")
+        splits.notes.append(f"{len(lost)} classes of which all rows would have been held out got one text to train on: {shown}")
+    for name, sink in sinks.items():
+        splits[name] = sink.close()
+        if not splits[name]:
             raise UserError(f"{data.train.shown}: the {name} split is empty: give more rows or another share")
     return splits
 
@@ -106,25 +152,3 @@ def iter_splits(
             share = share_of(str(row[key])) if cut else 1.0
             yield next((name for name, low, high in cut if low <= share < high), split), row
         notes += [note for note in rows.describe if note not in notes]
-
-
-def _keep_classes(splits: Splits, held_out: list[str], key: str, label_of: Callable[[Row], Any]) -> None:
-    """Gives every class that the hash has held out as a whole a row to train on: all rows of one of its texts.
-
-    Of several texts it is the one with the largest hash, the last that a smaller share would hold out.
-    """
-    trained = {label_of(row) for row in splits["train"]}
-    lost: dict[Any, str] = {}
-    for name in held_out:
-        for row in splits[name]:
-            label, text = label_of(row), str(row[key])
-            if label not in trained and (label not in lost or share_of(text) > share_of(lost[label])):
-                lost[label] = text
-    if not lost:
-        return
-    moved = set(lost.values())
-    for name in held_out:
-        splits["train"] += [row for row in splits[name] if str(row[key]) in moved]
-        splits[name] = [row for row in splits[name] if str(row[key]) not in moved]
-    shown = ", ".join(sorted(str(label) for label in lost)[:SHOWN]) + (", …" if len(lost) > SHOWN else "")
-    splits.notes.append(f"{len(lost)} classes of which all rows would have been held out got one text to train on: {shown}")

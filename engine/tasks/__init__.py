@@ -13,7 +13,7 @@ import abc
 import importlib
 import importlib.metadata
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -70,7 +70,7 @@ class TaskConfig(Strict):
         """Returns the class of a row, None where there are none: shares leave every class a row to train on."""
         return None
 
-    def check_rows(self, rows: list[Row], complete: bool) -> None:
+    def check_rows(self, rows: Sequence[Row], complete: bool) -> None:
         """Looks at the training rows, or at the first of them.
 
         Args:
@@ -111,7 +111,7 @@ class Task(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def learn(cls, config: Any, rows: list[Row]) -> Facts:
+    def learn(cls, config: Any, rows: Sequence[Row]) -> Facts:
         """Returns what the training rows tell.
 
         Raises:
@@ -137,7 +137,7 @@ class Task(abc.ABC):
     """Names of the tensors that `named` gives."""
 
     @abc.abstractmethod
-    def encode(self, rows: list[Row]) -> list[Example]:
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
         """Tokenizes rows in order; a row without its truth is a row for a teacher.
 
         Raises:
@@ -256,7 +256,7 @@ def task_class(config: TaskConfig) -> type[Task]:
     return module_of(config.type).Task
 
 
-def task_of_rows(config: TaskConfig, rows: list[Row], tokenizer: Any, max_length: int) -> Task:
+def task_of_rows(config: TaskConfig, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Task:
     """Returns the task as its training rows tell it, for a model that is fine-tuned from now on."""
     chosen = task_class(config)
     return chosen(config, chosen.learn(config, rows), tokenizer, max_length)

@@ -5,6 +5,7 @@ Shapes: B rows, L tokens, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -55,7 +56,7 @@ class Config(tasks.TaskConfig):
     def class_of(self, row: Row) -> str | None:
         return label_of(row, self.label, self.names)
 
-    def check_rows(self, rows: list[Row], complete: bool) -> None:
+    def check_rows(self, rows: Sequence[Row], complete: bool) -> None:
         """Looks at the labels of the training rows, as the file has them.
 
         Raises:
@@ -79,7 +80,7 @@ class Task(tasks.Task):
     outputs = [OUTPUT]
 
     @classmethod
-    def learn(cls, config: Config, rows: list[Row]) -> Facts:
+    def learn(cls, config: Config, rows: Sequence[Row]) -> Facts:
         """Returns the sorted labels of the training rows.
 
         Raises:
@@ -106,7 +107,7 @@ class Task(tasks.Task):
             "label2id": {label: index for index, label in enumerate(labels)},
         }
 
-    def encode(self, rows: list[Row]) -> list[Example]:
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
         """Tokenizes rows in order.
 
         Returns:

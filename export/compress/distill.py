@@ -7,9 +7,11 @@ the recovery training of a pruned model: its student is then the pruned model it
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     import torch
 
     from engine.answers import Arrays
+    from engine.data.readers import Row
+    from engine.data.splits import Splits
     from engine.distributed import Batch, Processes
 
 TEACHER = "teacher_"
@@ -99,6 +103,20 @@ def layers_to_keep(keep: int | list[int], layers: int) -> list[int]:
     return chosen
 
 
+def keep_layers(model: Any, keep: list[int]) -> None:
+    """Removes all other encoder layers from `model`, in place, and says so in its configuration."""
+    import torch
+
+    from engine.models import STRUCTURE_KEY
+
+    encoder = model.base_model.encoder
+    encoder.layer = torch.nn.ModuleList([encoder.layer[index] for index in keep])
+    model.config.num_hidden_layers = len(keep)
+    structure = getattr(model.config, STRUCTURE_KEY, None)
+    if structure:
+        setattr(model.config, STRUCTURE_KEY, {key: [values[index] for index in keep] for key, values in structure.items()})
+
+
 def sentences_of(text: str) -> list[str]:
     """Cuts a text at sentence ends and line breaks (HTML ones too); order kept."""
     parts = re.split(r"(?:<br\s*/?>)+|\n+|(?<=[.!?])\s+", text)
@@ -124,6 +142,15 @@ def transfer_texts(transfer: TransferConfig, stage: Stage[Any], held_out: set[st
             f"{transfer.shown}: no transfer text has {transfer.min_words} to {transfer.max_words} words: widen the bounds"
         )
     return list(found)
+
+
+def transfer_rows(stage: Stage[DistillConfig], rows: Splits) -> list[Row]:
+    """Returns the rows that only the teacher labels, none of whose texts is held out."""
+    transfer, task = stage.config.transfer, stage.config.task
+    if transfer is None:
+        return []
+    held_out = {str(row[task.split_by]) for name in ("validation", "test") for row in rows.get(name, [])}
+    return [task.unlabelled(text) for text in transfer_texts(transfer, stage, held_out)]
 
 
 class DistillationLoss:
@@ -183,7 +210,7 @@ def token_mse(pairs: list[tuple[torch.Tensor, torch.Tensor]], mask_BL: torch.Ten
     return torch.stack(losses).mean()
 
 
-def teacher_outputs(model: Any, task: Task, examples: list[Example], processes: Processes, directory: Path) -> Arrays:
+def teacher_outputs(model: Any, task: Task, examples: Sequence[Example], processes: Processes, directory: Path) -> Arrays:
     """Returns the teacher's outputs for every example by `teacher_<name>`; computed once, then read from `directory`."""
     import numpy as np
     import torch
@@ -206,7 +233,7 @@ def teacher_outputs(model: Any, task: Task, examples: list[Example], processes: 
                 np.save(part / f"{name}.npy", whole)
             part.rename(directory)
         processes.barrier()
-    return {f"{TEACHER}{name}": np.load(directory / f"{name}.npy") for name in task.outputs}
+    return {f"{TEACHER}{name}": np.load(directory / f"{name}.npy", mmap_mode="r") for name in task.outputs}
 
 
 def run(stage: Stage[DistillConfig]) -> None:
@@ -214,41 +241,38 @@ def run(stage: Stage[DistillConfig]) -> None:
     config = stage.config
     teacher_path = stage.recipe.find_model(config.teacher)
     stage.inputs  # noqa: B018 - missing inputs show before anything heavy is loaded
-    from engine.data.rows import LabelledBatches, load_rows, prepare
+    from engine.data.rows import LabelledBatches, prepare_on_disk
     from engine.distributed import Processes
     from engine.finetune import hand_over, judge_of, saver
     from engine.loop import Fit
     from engine.models import load_model, set_dropout
-    from engine.models.structure import keep_layers
     from engine.tasks import task_of_model
 
     started = time.monotonic()
-    rows = load_rows(config.task, config.data, stage.recipe)
     # Fused attention kernels do not give their maps away.
     attention = "eager" if config.attention else None
     task = task_of_model(config.task, teacher_path, config.max_length)
     teacher = load_model(teacher_path, task.head, attention=attention).eval()
-    held_out = {str(row[config.task.split_by]) for name in ("validation", "test") for row in rows.get(name, [])}
-    texts = transfer_texts(config.transfer, stage, held_out) if config.transfer else []
-    rows["train"] += [config.task.unlabelled(text) for text in texts]
-    data = prepare(rows, task)
     processes = Processes(config, stage.recipe, stage.partial)
+    if processes.main:
+        stage.begin()
+    directory = stage.partial / "rows"
+    more = functools.partial(transfer_rows, stage)
+    data = prepare_on_disk(config, stage.recipe, directory, processes, task.tokenizer, lambda rows: task.facts, more)
     student_path = stage.recipe.find_model(config.student.model) if config.student.model else teacher_path
     student = load_model(student_path, task.head, attention=attention)
     if config.student.layers is not None:
         keep_layers(student, layers_to_keep(config.student.layers, student.config.num_hidden_layers))
     if config.train.dropout is not None:
         set_dropout(student, config.train.dropout)
-    if processes.main:
-        stage.begin()
-    processes.barrier()
     said = teacher_outputs(teacher, task, data.examples["train"], processes, stage.partial / "teacher")
     matching = teacher.to(processes.device) if config.hidden or config.attention else None
     batches = LabelledBatches(data.examples["train"], task, config.train.batch_size, stage.seed, said)
     judge = judge_of(data)
     loss = DistillationLoss(config, task, matching)
     fit = Fit(processes, student, loss, batches, judge, saver(student, task.tokenizer), stage.partial, stage.name, stage.seed)
-    for note in [f"{processes.describe}; {data.describe}; {len(texts):,} transfer texts", *rows.notes]:
+    texts = len(data.examples["train"]) - len(data.rows["train"])
+    for note in [f"{processes.describe}; {data.describe}; {texts:,} transfer texts", *data.notes]:
         fit.tracker.say(note)
     state = fit.run()
     hand_over(stage, processes, data, state, fit.weights, started)

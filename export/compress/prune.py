@@ -8,6 +8,7 @@ is a `distill` stage whose student is the pruned model.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
@@ -48,7 +49,7 @@ class PruneConfig(Strict):
         return self
 
 
-def importance(model: Any, task: Task, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+def importance(model: Any, task: Task, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the importance of every head, shape (layers, heads), and of every FFN neuron, shape (layers, neurons)."""
     import torch
 
@@ -68,11 +69,11 @@ def importance(model: Any, task: Task, examples: list[Example]) -> tuple[torch.T
 
     hooks = []
     for index, layer in enumerate(layers):
-        hooks.append(layer.part("output").register_forward_pre_hook(watch("heads", index)))
-        hooks.append(layer.part("down").register_forward_pre_hook(watch("neurons", index)))
+        hooks.append(layer.attention_output.dense.register_forward_pre_hook(watch("heads", index)))
+        hooks.append(layer.down.dense.register_forward_pre_hook(watch("neurons", index)))
     model.eval()
     for start in range(0, len(examples), BATCH):
-        batch = task.collate(examples[start : start + BATCH])
+        batch = task.collate(list(examples[start : start + BATCH]))
         loss, _ = task.loss(model, batch)
         loss.backward()
         for index, layer in enumerate(layers):

@@ -14,6 +14,7 @@ Shapes: I inputs and O outputs of a weight.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,7 +59,7 @@ class QuantizeConfig(Strict):
     max_length: int = Field(128, ge=4)
 
 
-def activation_ranges(model: onnx.ModelProto, task: Task, examples: list[Example]) -> dict[str, float]:
+def activation_ranges(model: onnx.ModelProto, task: Task, examples: Sequence[Example]) -> dict[str, float]:
     """Runs real rows through a float model and watches what its weights are multiplied with.
 
     Args:

@@ -5,7 +5,7 @@ Shapes: N rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,13 +35,13 @@ def run_of(engines: Mapping[str, Engine]) -> Run:
     return lambda graph, arrays: engines[graph].run(arrays)
 
 
-def evaluate_engine(run: Run, answers: Answers, rows: list[Row]) -> tuple[dict[str, float], list[Answer]]:
+def evaluate_engine(run: Run, answers: Answers, rows: Sequence[Row]) -> tuple[dict[str, float], list[Answer]]:
     """Returns (metrics, answers) of rows that hold the truth."""
     given = answer_all(answers, run, rows, EVALUATION_BATCH)
     return answers.metrics(given, rows), given
 
 
-def observe(run: Run, answers: Answers, rows: list[Row], batch: int = EVALUATION_BATCH) -> tuple[list[Answer], Outputs]:
+def observe(run: Run, answers: Answers, rows: Sequence[Row], batch: int = EVALUATION_BATCH) -> tuple[list[Answer], Outputs]:
     """Returns the answers and everything that the graphs gave for them.
 
     Args:
@@ -87,7 +87,7 @@ def _distances(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
 
 
 def check_parity(
-    run: Run, answers: Answers, rows: list[Row], reference: tuple[list[Answer], Outputs], gates: ParityGates, max_length: int
+    run: Run, answers: Answers, rows: Sequence[Row], reference: tuple[list[Answer], Outputs], gates: ParityGates, max_length: int
 ) -> dict[str, Any]:
     """Compares engines with their source model, and with themselves over batch sizes and paddings.
 

@@ -8,7 +8,7 @@ Shapes: N rows of a whole call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Bundle:
         """`run(graph, arrays)` of the engines, one batch a call."""
         return run_of(self.engines)
 
-    def encode(self, rows: list[Row]) -> Arrays:
+    def encode(self, rows: Sequence[Row]) -> Arrays:
         """Returns the inputs of the first graph, cut to the bundle's length and padded to the longest row.
 
         Raises:
@@ -79,7 +79,7 @@ class Bundle:
         with mended():
             return self.answers.prepare(rows)
 
-    def predict(self, rows: list[Row], batch_size: int | None = None) -> list[Answer]:
+    def predict(self, rows: Sequence[Row], batch_size: int | None = None) -> list[Answer]:
         """Returns the answers in the order of `rows`, as the task has them; classification: {"label", "score", "scores"}.
 
         Args:

@@ -6,6 +6,7 @@ Shapes: N golden rows.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +94,7 @@ def flat(calls: list[Call]) -> Values:
     return {name: np.concatenate([call[name].ravel() for call in calls if name in call]) for name in names}
 
 
-def observe(answers: Answers, run: Run, reference: Run, rows: list[Row]) -> list[Golden]:
+def observe(answers: Answers, run: Run, reference: Run, rows: Sequence[Row]) -> list[Golden]:
     """Returns the golden rows of engines and of the fp32 model that they came from."""
     found = []
     for row in rows:

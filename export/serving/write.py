@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def write_bundle(
     return verify_bundle(directory)
 
 
-def _observe(answers: Answers, run: Run, reference: Run, rows: list[Row], file: Path) -> list[Golden]:
+def _observe(answers: Answers, run: Run, reference: Run, rows: Sequence[Row], file: Path) -> list[Golden]:
     try:
         with mended():
             observed = observe(answers, run, reference, rows)

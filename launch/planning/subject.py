@@ -90,8 +90,7 @@ def _fine_tuned(recipe: Recipe, reference: ModelRef, head: str, attention: str, 
 
 
 def _with_layers(build: Build, layers: int | list[int]) -> Build:
-    from engine.models.structure import keep_layers
-    from export.compress.distill import layers_to_keep
+    from export.compress.distill import keep_layers, layers_to_keep
 
     def smaller() -> Any:
         model = build()

@@ -9,7 +9,7 @@ import torch
 from engine import loop
 from engine.data.rows import LabelledBatches
 from engine.errors import UserError
-from engine.tasks.classification import Classification
+from engine.tasks.classification import Task
 from tests.recipes import finetune_section, read_weights, run_here, train_section, write_recipe
 
 BAD = 5
@@ -37,7 +37,7 @@ def poisoned(monkeypatch):
     """Returns a function that makes the loss on the data of some steps what `poison` makes of it."""
 
     def apply(poison, steps=(BAD,)):
-        at, loss, marked = loop.Fit._step, Classification.loss, []
+        at, loss, marked = loop.Fit._step, Task.loss, []
 
         def step(self, state):
             marked[:] = [state.step + state.data_offset in steps]
@@ -51,7 +51,7 @@ def poisoned(monkeypatch):
             return (poison(total), count) if any(marked) else (total, count)
 
         monkeypatch.setattr(loop.Fit, "_step", step)
-        monkeypatch.setattr(Classification, "loss", poisonous)
+        monkeypatch.setattr(Task, "loss", poisonous)
 
     return apply
 
