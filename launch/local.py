@@ -1,4 +1,4 @@
-"""Starting a stage on this machine: training stages through `accelerate launch`, the others as one process."""
+"""Starting a stage on this machine: through `accelerate launch` where several processes share it, else as one process."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ from launch.operators import needed_operators, prepare
 from launch.ranks import Ranks, Requests, ending
 from launch.recipe import KINDS
 from launch.watchdog import AGAIN, StageError, Verdict, judge, may_restart
+
+RENDEZVOUS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables by which the ranks of torch find each other."""
 
 
 def process_count(stage: Stage[Any], place: Place | None = None) -> int:
@@ -79,7 +82,8 @@ def command(stage: Stage[Any], overrides: list[str], place: Place | None = None,
     arguments = [str(stage.recipe.path), "--stage", stage.name, "--runs", str(stage.recipe.runs)]
     arguments += [part for override in overrides for part in ("--set", override)]
     arguments += ["--restart"] if stage.restart and not attempt else []
-    if not kind.trains:
+    if processes == 1:
+        # `accelerate launch` would load torch a second time to start the same command.
         return [sys.executable, "-m", kind.module, *arguments]
     deepspeed = ["--use_deepspeed"] if zero_config_of(stage.config, processes) else []
     meeting = ["--main_process_port", "0"]
@@ -162,6 +166,9 @@ def start(stage: Stage[Any], overrides: list[str], place: Place, supervision: Su
     environment = {**os.environ, **network(place), ERROR_DIRECTORY: str(records), "OMP_NUM_THREADS": threads}
     environment |= {} if gpus() else {"DS_ACCELERATOR": "cpu"}  # else DeepSpeed warns that it found no GPU
     environment |= {LOGS: "1"} if supervision.records else {}
+    if processes == place.nodes == 1:
+        # What an outer launcher has left would make it one rank of several.
+        environment = {name: value for name, value in environment.items() if name not in RENDEZVOUS}
     hashes.leave(records)
     numbers = range(place.rank * processes, (place.rank + 1) * processes)
     return Ranks(command(stage, overrides, place, attempt), environment, numbers, records, bool(supervision.records))

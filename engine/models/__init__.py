@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
 from engine.config import Strict
 from engine.errors import UserError
 from engine.models.facts import ModelFiles
+from engine.models.families import NEW, family_for_packing, family_of
 from engine.models.weights import read_headers, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_OFFSET_FAMILIES = ("roberta", "xlm-roberta", "camembert", "mpnet", "roberta-prelayernorm", "xlm-roberta-xl", "data2vec-text")
 STRUCTURE_KEY = "bothways_structure"
 """config.json key of a physically smaller model: kept heads and FFN neurons per layer."""
 
@@ -27,7 +27,8 @@ STRUCTURE_KEY = "bothways_structure"
 class ScratchConfig(Strict):
     """Shape of a model that is built from scratch."""
 
-    family: Literal["bert"] = "bert"
+    family: str = NEW
+    """Architecture, among those that take packed rows."""
     layers: int = Field(12, ge=1)
     hidden: int = Field(768, ge=8)
     heads: int = Field(12, ge=1)
@@ -35,6 +36,14 @@ class ScratchConfig(Strict):
     """Neurons of the feed-forward layer; None: 4 × hidden."""
     positions: int = Field(512, ge=8)
     """Longest sequence in tokens."""
+
+    @model_validator(mode="after")
+    def _takes_packed_rows(self) -> ScratchConfig:
+        try:
+            family_for_packing(self.family)
+        except UserError as error:
+            raise ValueError(f"family: {error}") from None
+        return self
 
     @model_validator(mode="after")
     def _heads_divide_hidden(self) -> ScratchConfig:
@@ -182,7 +191,7 @@ def load_tokenizer(model: Path | str) -> PreTrainedTokenizerBase:
 def positions_of(config: dict[str, Any]) -> int | None:
     """Returns how many tokens a model takes, from its config.json; None when nothing bounds them."""
     positions = config.get("max_position_embeddings")
-    if positions and config.get("model_type") in _OFFSET_FAMILIES:
+    if positions and family_of(config.get("model_type")).positions_after_padding:
         # Their positions are counted from behind the id of the padding token, which is 1 unless the file says otherwise.
         return positions - config.get("pad_token_id", 1) - 1
     return positions
@@ -202,7 +211,7 @@ def set_dropout(model: PreTrainedModel, probability: float) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = probability
-    for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+    for key in family_of(model.config.model_type).dropout:
         if getattr(model.config, key, None) is not None:
             setattr(model.config, key, probability)
 

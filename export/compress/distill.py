@@ -103,20 +103,6 @@ def layers_to_keep(keep: int | list[int], layers: int) -> list[int]:
     return chosen
 
 
-def keep_layers(model: Any, keep: list[int]) -> None:
-    """Removes all other encoder layers from `model`, in place, and says so in its configuration."""
-    import torch
-
-    from engine.models import STRUCTURE_KEY
-
-    encoder = model.base_model.encoder
-    encoder.layer = torch.nn.ModuleList([encoder.layer[index] for index in keep])
-    model.config.num_hidden_layers = len(keep)
-    structure = getattr(model.config, STRUCTURE_KEY, None)
-    if structure:
-        setattr(model.config, STRUCTURE_KEY, {key: [values[index] for index in keep] for key, values in structure.items()})
-
-
 def sentences_of(text: str) -> list[str]:
     """Cuts a text at sentence ends and line breaks (HTML ones too); order kept."""
     parts = re.split(r"(?:<br\s*/?>)+|\n+|(?<=[.!?])\s+", text)
@@ -246,6 +232,7 @@ def run(stage: Stage[DistillConfig]) -> None:
     from engine.finetune import hand_over, judge_of, saver
     from engine.loop import Fit
     from engine.models import load_model, set_dropout
+    from engine.models.structure import keep_layers
     from engine.tasks import task_of_model
 
     started = time.monotonic()

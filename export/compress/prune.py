@@ -69,8 +69,8 @@ def importance(model: Any, task: Task, examples: Sequence[Example]) -> tuple[tor
 
     hooks = []
     for index, layer in enumerate(layers):
-        hooks.append(layer.attention_output.dense.register_forward_pre_hook(watch("heads", index)))
-        hooks.append(layer.down.dense.register_forward_pre_hook(watch("neurons", index)))
+        hooks.append(layer.part("output").register_forward_pre_hook(watch("heads", index)))
+        hooks.append(layer.part("down").register_forward_pre_hook(watch("neurons", index)))
     model.eval()
     for start in range(0, len(examples), BATCH):
         batch = task.collate(list(examples[start : start + BATCH]))

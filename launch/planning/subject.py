@@ -90,7 +90,8 @@ def _fine_tuned(recipe: Recipe, reference: ModelRef, head: str, attention: str, 
 
 
 def _with_layers(build: Build, layers: int | list[int]) -> Build:
-    from export.compress.distill import keep_layers, layers_to_keep
+    from engine.models.structure import keep_layers
+    from export.compress.distill import layers_to_keep
 
     def smaller() -> Any:
         model = build()

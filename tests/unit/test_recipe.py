@@ -13,6 +13,7 @@ from engine.errors import UserError
 from engine.zero import find_zero_config, read_zero_config, zero_config_names
 from launch import local, machine
 from launch.check import FIRST_LINES, check_recipe
+from launch.nodes.place import Place, Supervision
 from launch.operators import ASYNC_IO, CPU_ADAM, SHARED_MEMORY, needed_operators
 from launch.recipe import KINDS, load_stages
 from tests.recipes import finetune_section, pretrain_section, ragged_rows, train_section, write_recipe, write_rows
@@ -237,17 +238,26 @@ def command_of(tmp_path, *overrides):
     return local.command(stage, list(overrides))
 
 
-def test_a_stage_starts_through_accelerate_and_names_deepspeed_only_where_it_is_wanted(tmp_path):
-    plain = command_of(tmp_path)
-    assert plain[1:3] == ["-m", "launch.accelerated"]
-    assert "--use_deepspeed" not in plain
-    assert plain[plain.index("--num_processes") + 1] == "1"
-    assert plain[-6:] == ["engine.finetune", str(tmp_path / "recipe.yaml"), "--stage", "teacher", "--runs", "runs"]
+def test_several_processes_start_through_accelerate_and_one_starts_itself(tmp_path):
+    plain = ["-m", "engine.finetune", str(tmp_path / "recipe.yaml"), "--stage", "teacher", "--runs", "runs"]
+    assert command_of(tmp_path)[1:] == plain
+    assert command_of(tmp_path, "teacher.parallel=zero2")[1:8] == plain
     sharded = command_of(tmp_path, "teacher.parallel=zero2", "teacher.processes=2")
-    assert "--use_deepspeed" in sharded
+    assert sharded[1:4] == ["-m", "launch.accelerated", "--use_deepspeed"]
     assert sharded[sharded.index("--num_processes") + 1] == "2"
     assert sharded[sharded.index("--set") + 1] == "teacher.parallel=zero2"
     assert "--use_deepspeed" in command_of(tmp_path, "teacher.processes=2")
+
+
+def test_a_process_that_starts_itself_is_no_rank_of_what_has_started_us(tmp_path, monkeypatch):
+    for name in local.RENDEZVOUS:
+        monkeypatch.setenv(name, "7")
+    started = []
+    monkeypatch.setattr(local, "Ranks", lambda command, environment, *rest: started.append(environment))
+    for override in ("teacher.processes=1", "teacher.processes=2"):
+        (stage,) = load_stages(load_recipe(write_recipe(tmp_path), [override]))
+        local.start(stage, [override], Place(), Supervision(), tmp_path, 0)
+    assert [set(local.RENDEZVOUS) & set(environment) for environment in started] == [set(), set(local.RENDEZVOUS)]
 
 
 @pytest.mark.parametrize(

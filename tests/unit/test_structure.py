@@ -6,8 +6,7 @@ import torch
 
 from engine.errors import UserError
 from engine.models import STRUCTURE_KEY, load_model, size_of
-from engine.models.structure import encoder_layers, shrink
-from export.compress.distill import keep_layers
+from engine.models.structure import encoder_layers, keep_layers, shrink
 from export.compress.prune import PruneConfig, importance, strongest
 from tests.recipes import finetune_section, ragged_rows, run_here, write_model, write_recipe
 from tests.unit.models import classification_task, tiny_classifier
@@ -26,14 +25,14 @@ def test_shrinking_equals_silencing_the_outputs_of_what_was_removed():
     heads, neurons = [[0, 3], [1, 2]], [[1, 5, 9], [60, 61, 63]]
     for layer, kept_heads, kept_neurons in zip(encoder_layers(silenced), heads, neurons, strict=True):
         with torch.no_grad():
-            columns = layer.attention_output.dense.weight.unflatten(1, (4, 8))
+            columns = layer.part("output").weight.unflatten(1, (4, 8))
             columns[:, [head for head in range(4) if head not in kept_heads]] = 0
-            layer.down.dense.weight[:, [n for n in range(64) if n not in kept_neurons]] = 0
+            layer.part("down").weight[:, [n for n in range(64) if n not in kept_neurons]] = 0
     shrink(shrunk, heads, neurons)
     torch.testing.assert_close(logits(shrunk), logits(silenced))
     assert size_of(shrunk)["parameters"] < size_of(silenced)["parameters"]
     assert encoder_layers(shrunk)[0].attention.query.weight.shape == (16, 32)
-    assert encoder_layers(shrunk)[1].up.dense.weight.shape == (3, 32)
+    assert encoder_layers(shrunk)[1].part("up").weight.shape == (3, 32)
 
 
 def test_a_shrunk_model_survives_saving_and_loading_and_shrinks_again(tmp_path):
@@ -71,8 +70,8 @@ def test_a_head_and_a_neuron_without_effect_are_the_least_important(tmp_path):
     model = tiny_classifier(initializer_range=0.2)
     with torch.no_grad():
         for layer in encoder_layers(model):
-            layer.attention_output.dense.weight[:, 8:16] = 0  # head 1
-            layer.down.dense.weight[:, 17] = 0
+            layer.part("output").weight[:, 8:16] = 0  # head 1
+            layer.part("down").weight[:, 17] = 0
     examples = task.encode([{**row, "label": str(row["label"])} for row in ragged_rows(50)])
     heads, neurons = importance(model, task, examples)
     assert (heads.argmin(dim=1) == 1).all() and (heads[:, 1] == 0).all()
@@ -91,7 +90,7 @@ def test_importance_is_the_first_order_change_of_the_loss(tmp_path):
     chosen = int(neurons[1].argmax())
     with torch.no_grad():
         before, _ = task.loss(model, batch)
-        layer.down.dense.weight[:, chosen] *= 1 - step
+        layer.part("down").weight[:, chosen] *= 1 - step
         after, _ = task.loss(model, batch)
     assert float(neurons[1, chosen]) == pytest.approx(abs(float(after - before)) / step, rel=0.05)
 
