@@ -63,14 +63,15 @@ def subject(stage: Stage[Any], rows: int) -> tuple[Any, Any, dict[str, Any]]:
     import torch
 
     from engine.models import build_model, set_dropout
-    from engine.objectives.mlm import IGNORED, MaskedLanguageModelling
+    from engine.objectives.mlm import IGNORED, Objective
 
     config = stage.config
     vocabulary, length = config.tokenizer.train.vocab_size, config.sequence_length
     torch.manual_seed(0)
-    model = build_model(config.model, "AutoModelForMaskedLM", vocabulary, 0)
+    model = build_model(config.model, Objective.head, vocabulary, 0)
+    Objective.adapt(model)
     set_dropout(model, config.train.dropout)
-    objective = MaskedLanguageModelling(config.objective, vocabulary, 4, [0, 1, 2, 3, 4])
+    objective = Objective(config.objective, vocabulary, 4, [0, 1, 2, 3, 4])
     ids = torch.randint(5, vocabulary, (rows, length))
     predicted = math.ceil(rows * length * config.objective.mask)
     labels = torch.full_like(ids, IGNORED)

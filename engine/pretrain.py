@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from pathlib import Path
@@ -13,26 +12,15 @@ from pydantic import BeforeValidator, Field, model_validator
 from engine import heartbeat
 from engine.config import Strict, TokenizerRef
 from engine.data.splits import DataConfig
-from engine.errors import UserError
 from engine.models import ScratchConfig
-from engine.objectives import MlmConfig
+from engine.objectives import AnyObjective, default_objective, objective_class
 from engine.stage import Stage, stage_main
 from engine.train_config import Trained
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from engine.data.corpus import Corpus
-    from engine.distributed import Batch, Processes
-    from engine.evaluate import Ranks
-    from engine.objectives.mlm import MaskedLanguageModelling
-
-
-PROBE_LOGITS = 64
-SPECIAL_TOKENS = ("cls_token", "sep_token", "pad_token", "mask_token")
-"""What the tokenizer of a pretraining has to have."""
-FREQUENCY_TOKENS = 10_000_000
-"""Tokens from the top of the corpus from which frequencies are estimated."""
+    from engine.data.packed import PackedBatches
+    from engine.distributed import Processes
 
 
 class NewTokenizer(Strict):
@@ -64,7 +52,8 @@ class PretrainConfig(Trained):
     model: ScratchConfig
     """Shape of the new model."""
     tokenizer: Annotated[TokenizerConfig, BeforeValidator(lambda value: {"model": value} if isinstance(value, str) else value)]
-    objective: MlmConfig = MlmConfig()
+    objective: AnyObjective = Field(default_factory=default_objective)
+    """What is learnt; without a `type` masked language modelling."""
     data: DataConfig
     text: str = "text"
     """Column of the document."""
@@ -89,27 +78,29 @@ def run(stage: Stage[PretrainConfig]) -> None:
     stage.inputs  # noqa: B018 - missing inputs show before anything heavy is loaded
     import torch
 
+    from engine.data.packed import PackedBatches
     from engine.distributed import Processes
     from engine.finetune import saver
     from engine.loop import Fit, Judge
     from engine.models import build_model, load_tokenizer, set_dropout
-    from engine.objectives.mlm import MaskedLanguageModelling
     from engine.randomness import torch_seed
 
     started = time.monotonic()
+    chosen = objective_class(config.objective)
     processes = Processes(config, stage.recipe, stage.partial)
     if processes.main:
         stage.begin()
     with processes.main_first():
         tokenizer = load_tokenizer(_tokenizer_directory(stage))
-        require_special_tokens(tokenizer)
+        chosen.require(tokenizer)
         training, validation = _corpora(stage, tokenizer)
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
-    model = build_model(config.model, "AutoModelForMaskedLM", rounded(len(tokenizer)), tokenizer.pad_token_id)
-    predict_frequencies(model, training)
+    model = build_model(config.model, chosen.head, rounded(len(tokenizer)), tokenizer.pad_token_id)
+    chosen.adapt(model)
+    objective = chosen.of_tokenizer(config.objective, tokenizer)
+    objective.begin(model, training)
     if config.train.dropout is not None:
         set_dropout(model, config.train.dropout)
-    objective = MaskedLanguageModelling(config.objective, len(tokenizer), tokenizer.mask_token_id, tokenizer.all_special_ids)
     batches = PackedBatches(training, objective, tokenizer, config.sequence_length, config.train.batch_size, stage.seed)
     held_out = PackedBatches(validation, objective, tokenizer, config.sequence_length, config.train.batch_size, stage.seed)
     judge = Judge(held_out.evaluate, "loss", False, held_out.probe)
@@ -121,30 +112,6 @@ def run(stage: Stage[PretrainConfig]) -> None:
         ledgers = {"train": training.ledger, "validation": validation.ledger}
         _publish(stage, processes, held_out, state, fit.weights, started, ledgers)
     processes.close()
-
-
-def require_special_tokens(tokenizer: Any) -> None:
-    """Raises UserError when the tokenizer lacks a special token that packed rows are made with."""
-    missing = [name for name in SPECIAL_TOKENS if getattr(tokenizer, name) is None]
-    if missing:
-        raise UserError(
-            f"{tokenizer.name_or_path}: this tokenizer has no {', '.join(missing)}, which masked language modelling needs: "
-            "name them in its tokenizer_config.json"
-        )
-
-
-def predict_frequencies(model: Any, corpus: Corpus) -> None:
-    """Sets the bias of the vocabulary projection to the log frequencies of the tokens (Meister et al. 2023, arXiv:2212.09686).
-
-    The weights then learn from the first step on what depends on the context, not first how frequent every token is.
-    """
-    import numpy as np
-    import torch
-
-    bias = model.get_output_embeddings().bias
-    counts = np.bincount(corpus.tokens[:FREQUENCY_TOKENS], minlength=len(bias))[: len(bias)] + 1.0
-    with torch.no_grad():
-        bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
 
 
 def _publish(
@@ -161,7 +128,7 @@ def _publish(
     from engine.models import load_model, size_of
 
     heartbeat.beat("finish")
-    model = load_model(weights, "AutoModelForMaskedLM").to(processes.device)
+    model = load_model(weights, objective_class(stage.config.objective).head).to(processes.device)
     same_logits(held_out.probe(model), state.probe, weights)
     metrics = held_out.evaluate(model, ALONE)
     shutil.copytree(weights, stage.output, dirs_exist_ok=True)
@@ -220,121 +187,6 @@ def _corpora(stage: Stage[PretrainConfig], tokenizer: Any) -> tuple[Corpus, Corp
     for note in notes:
         print(f"  {note}", flush=True)
     return writers["train"].close(), writers["validation"].close()
-
-
-class PackedBatches:
-    """Masked batches of packed rows, as a seekable function of (step, rank).
-
-    Args:
-        corpus: tokenized documents.
-        objective: corrupts the tokens.
-        tokenizer: gives the special tokens around every piece.
-        length: tokens per row.
-        batch_size: rows per optimizer step over all ranks.
-        seed: of packing, order and masking.
-    """
-
-    def __init__(
-        self, corpus: Corpus, objective: MaskedLanguageModelling, tokenizer: Any, length: int, batch_size: int, seed: int
-    ) -> None:
-        import numpy as np
-
-        from engine.data.batches import BatchPlan
-        from engine.data.packing import PackedRows
-
-        self.corpus, self.objective, self.length, self.seed = corpus, objective, length, seed
-        self.start, self.end = tokenizer.cls_token_id, tokenizer.sep_token_id
-        self.pad = tokenizer.pad_token_id
-        self.windows = corpus.windows(length - 2)
-        self.packed = PackedRows(self.windows[:, 1] - self.windows[:, 0] + 2, length, seed)
-        self.plan = BatchPlan(np.full(len(self.packed), length), batch_size, seed, bucket=False)
-        self.steps_per_epoch = self.plan.steps_per_epoch
-
-    @property
-    def describe(self) -> str:
-        """Size of the data and how full the rows are."""
-        return (
-            f"{len(self.corpus.ends):,} documents, {self.corpus.ends[-1]:,} tokens, {len(self.windows):,} pieces in "
-            f"{len(self.packed):,} rows of {self.length} ({self.packed.fill:.1%} filled), {self.steps_per_epoch:,} steps an epoch"
-        )
-
-    def row(self, epoch: int, row: int) -> dict[str, np.ndarray]:
-        """Returns input_ids, position_ids, segments and labels of one packed row, each of shape (length,)."""
-        import numpy as np
-
-        from engine.objectives.mlm import IGNORED
-        from engine.randomness import generator
-
-        columns = {name: np.zeros(self.length, dtype=np.int64) for name in ("input_ids", "position_ids", "segments", "labels")}
-        columns["input_ids"][:] = self.pad
-        columns["labels"][:] = IGNORED
-        at = 0
-        for number, piece in enumerate(self.packed.row(epoch, row), 1):
-            first, last = self.windows[piece]
-            tokens = np.concatenate([[self.start], self.corpus.tokens[first:last].astype(np.int64), [self.end]])
-            place = slice(at, at + len(tokens))
-            corrupted, labels = self.objective.corrupt(tokens, generator(self.seed, "mask", epoch, piece))
-            columns["input_ids"][place], columns["labels"][place] = corrupted, labels
-            columns["position_ids"][place] = np.arange(len(tokens))
-            columns["segments"][place] = number
-            at += len(tokens)
-        return columns
-
-    def collate(self, epoch: int, rows: np.ndarray) -> Batch:
-        """Stacks rows into tensors of shape (rows, length), with `count` and `tokens`."""
-        import numpy as np
-        import torch
-
-        columns = [self.row(epoch, int(row)) for row in rows]
-        arrays = {name: np.stack([column[name] for column in columns]) for name in columns[0]}
-        batch: Batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        batch["count"] = int((arrays["labels"] >= 0).sum())
-        batch["tokens"] = int((arrays["segments"] > 0).sum())
-        return batch
-
-    def at(self, step: int, rank: int, processes: int, micro: int) -> list[Batch]:
-        """Returns this rank's micro batches of `step`."""
-        epoch, _ = self.plan.position(step)
-        return [self.collate(epoch, rows) for rows in self.plan.micro_batches(step, rank, processes, micro)]
-
-    def evaluate(self, model: Any, ranks: Ranks) -> dict[str, float]:
-        """Returns loss (nats per predicted token), perplexity and predicted tokens over all rows, always masked alike."""
-        import numpy as np
-        import torch
-
-        rows = np.arange(len(self.packed))
-        parts = np.array_split(rows, max(1, -(-len(rows) // 32)))
-        training = model.training
-        model.eval()
-        total = count = 0.0
-        with torch.no_grad():
-            for turn in range(-(-len(parts) // ranks.processes)):
-                ranks.poll()
-                index = turn * ranks.processes + ranks.rank
-                batch = self._on(model, self.collate(0, parts[min(index, len(parts) - 1)]))
-                loss, targets = self.objective.loss(model, batch)
-                if index < len(parts):
-                    total, count = total + float(loss), count + float(targets)
-        model.train(training)
-        total, count = ranks.sum(total, count)
-        return {"loss": total / count, "perplexity": math.exp(min(total / count, 50.0)), "predicted_tokens": count}
-
-    def probe(self, model: Any) -> list[float]:
-        """Returns a few logits of the first row: what saved weights have to give again when they are re-opened."""
-        import numpy as np
-        import torch
-
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            logits = self.objective.logits(model, self._on(model, self.collate(0, np.arange(1))))
-        model.train(training)
-        return [float(value) for value in logits.flatten()[:PROBE_LOGITS]]
-
-    def _on(self, model: Any, batch: Batch) -> Batch:
-        import torch
-
-        return {name: value.to(model.device) for name, value in batch.items() if torch.is_tensor(value)}
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from engine.config import ModelRef, TokenizerRef, references
 from engine.errors import UserError
 from engine.models.facts import SENTENCEPIECE, TOKENIZERS, ModelFiles, class_names, read_json
 from engine.models.weights import refuse_pointer
-from engine.pretrain import SPECIAL_TOKENS
+from engine.objectives import Objective, objective_class
 from engine.stage import Stage, read_stage
 
 GENERIC = (None, "TokenizersBackend", "PreTrainedTokenizerFast")
@@ -44,7 +44,7 @@ def check_models(stage: Stage[Any]) -> list[str]:
 def _check_model(files: ModelFiles, stage: Stage[Any], key: str, reference: ModelRef) -> list[str]:
     _check_tokenizer(files.directory)
     if isinstance(reference, TokenizerRef):
-        _check_special_tokens(files.directory)
+        _check_special_tokens(files.directory, objective_class(stage.config.objective))
         return []
     files.refuse_quantizer()
     if stage.kind == "export" and key == "model" and _quantized_here(files.directory):
@@ -81,20 +81,20 @@ def _check_tokenizer(directory: Path) -> None:
     raise UserError(f"{directory}: no tokenizer in it (tokenizer.json)")
 
 
-def _check_special_tokens(directory: Path) -> None:
+def _check_special_tokens(directory: Path, objective: type[Objective]) -> None:
     """Raises UserError when the files of a tokenizer show that it cannot make the rows of a pretraining."""
     if (directory / "config.json").is_file():
         return  # its type of model may know more
     path = directory / "tokenizer_config.json"
     named = read_json(path)
     if named is None:
-        raise UserError(f"{path}: no such file: it says which tokens are {', '.join(SPECIAL_TOKENS)}")
+        raise UserError(f"{path}: no such file: it says which tokens are {', '.join(objective.special_tokens)}")
     if not isinstance(named, dict):
         raise UserError(f"{path}: not the configuration of a tokenizer")
     known = {**(read_json(directory / "special_tokens_map.json") or {}), **named}
-    missing = [name for name in SPECIAL_TOKENS if not known.get(name)]
+    missing = [name for name in objective.special_tokens if not known.get(name)]
     if missing and named.get("tokenizer_class") in GENERIC:
-        raise UserError(f"{path}: names no {', '.join(missing)}, which masked language modelling needs: name them")
+        raise UserError(f"{path}: names no {', '.join(missing)}, which {objective.says} needs: name them")
 
 
 def _check_weights(files: ModelFiles, trained: bool) -> None:

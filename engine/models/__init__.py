@@ -84,12 +84,7 @@ def build_model(shape: ScratchConfig, head: str, vocab_size: int, pad_id: int, a
         max_position_embeddings=shape.positions,
         pad_token_id=pad_id,
     )
-    model = _auto_class(head).from_config(config, attn_implementation=attention or default_attention())
-    if head == "AutoModelForMaskedLM":
-        from engine.models.vocabulary import VocabularyProjection
-
-        model.get_output_embeddings().__class__ = VocabularyProjection
-    return model
+    return _auto_class(head).from_config(config, attn_implementation=attention or default_attention())
 
 
 def read_config(model: Path | str) -> Any:

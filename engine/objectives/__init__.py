@@ -1,27 +1,107 @@
-"""Pretraining objectives, one file each. An objective corrupts tokens and gives the loss as (sum, count)."""
+"""Pretraining objectives, one file each: what is done to the tokens of packed rows, and the loss as (sum, count).
+
+A file holds two classes: `Config` and `Objective`; torch is imported inside functions only. Packing, order, seeking and sharding
+are those of `engine.data`. A package that is installed beside this one brings objectives of its own by the entry point
+`bothways.objectives`.
+
+Shapes: L tokens of a piece or a row, B rows.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import abc
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, SerializeAsAny
 
-from engine.config import Fraction, Strict
+from engine.config import Strict
+from engine.errors import UserError
+from engine.registry import Registry
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from engine.data.corpus import Corpus
+
+    Batch = dict[str, torch.Tensor]
+
+DEFAULT = "mlm"
+"""What a recipe that names no objective gets."""
+REGISTRY = Registry("objective", __name__, __path__, "bothways.objectives", DEFAULT)
 
 
-class MlmConfig(Strict):
-    """Masked language modelling (BERT, arXiv:1810.04805)."""
+class ObjectiveConfig(Strict):
+    """Base of an objective's section: `type` names its file."""
 
-    type: Literal["mlm"] = "mlm"
-    mask: float = Field(0.15, gt=0, lt=1)
-    """Share of the ordinary tokens that the model has to predict."""
-    replace_by_mask: Fraction = 0.8
-    """Share of the chosen tokens that become [MASK]."""
-    replace_by_random: Fraction = 0.1
-    """Share of the chosen tokens that become a random token; the rest stay as they are."""
+    type: str
 
-    @model_validator(mode="after")
-    def _shares_add_up(self) -> MlmConfig:
-        if self.replace_by_mask + self.replace_by_random > 1:
-            raise ValueError("replace_by_mask + replace_by_random is above 1: lower one of them")
-        return self
+
+class Objective(abc.ABC):
+    """One pretraining objective."""
+
+    head: ClassVar[str]
+    """The class of transformers with the heads that it trains, as in AutoModelForMaskedLM."""
+    says: ClassVar[str]
+    """The objective in words."""
+    special_tokens: ClassVar[tuple[str, ...]]
+    """What its tokenizer must have."""
+    columns: ClassVar[dict[str, int | None]]
+    """{column of a packed row that `corrupt` gives: what stands where there is no token}; None: the padding token."""
+
+    @classmethod
+    @abc.abstractmethod
+    def of_tokenizer(cls, config: Any, tokenizer: Any) -> Objective:
+        """Returns the objective for the tokens of a transformers tokenizer."""
+
+    @classmethod
+    def require(cls, tokenizer: Any) -> None:
+        """Raises UserError when the tokenizer lacks a special token that the rows are made with."""
+        missing = [name for name in cls.special_tokens if getattr(tokenizer, name) is None]
+        if missing:
+            raise UserError(
+                f"{tokenizer.name_or_path}: this tokenizer has no {', '.join(missing)}, which {cls.says} needs: "
+                "name them in its tokenizer_config.json"
+            )
+
+    @abc.abstractmethod
+    def corrupt(self, tokens_L: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Returns `columns` of one piece of a document, special tokens included, each of shape (L,): a pure function."""
+
+    @classmethod  # noqa: B027 - most heads are right as they are
+    def adapt(cls, model: Any) -> None:
+        """Changes a new model's heads before it has weights worth keeping, in place."""
+
+    def begin(self, model: Any, corpus: Corpus) -> None:  # noqa: B027 - most objectives know nothing
+        """Sets what a new model can know before its first step, in place."""
+
+    @abc.abstractmethod
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Returns the scores that the loss is made of."""
+
+    @abc.abstractmethod
+    def loss(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (summed loss, number of targets) of packed rows: `columns`, position_ids and segments, each (B, L) int64."""
+
+    @abc.abstractmethod
+    def count(self, arrays: dict[str, np.ndarray]) -> int:
+        """Returns the number of targets of packed rows."""
+
+    @classmethod
+    @abc.abstractmethod
+    def made_up_loss(cls, config: Any, model: Any, rows: int, length: int) -> torch.Tensor:
+        """Returns a loss of rows of `length` tokens that mean nothing: `bothways plan` measures what it takes."""
+
+
+AnyObjective = Annotated[SerializeAsAny[ObjectiveConfig], BeforeValidator(REGISTRY.validate)]
+"""The section of any installed objective; only the file that it names is imported."""
+
+
+def default_objective() -> ObjectiveConfig:
+    """Returns the section of a recipe that says nothing."""
+    return REGISTRY.validate({})
+
+
+def objective_class(config: ObjectiveConfig) -> type[Objective]:
+    """Returns the objective that a section names."""
+    return REGISTRY.module(config.type).Objective

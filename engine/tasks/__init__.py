@@ -10,29 +10,25 @@ Shapes: N rows, B rows of a batch.
 from __future__ import annotations
 
 import abc
-import importlib
-import importlib.metadata
-import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, SerializeAsAny, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, SerializeAsAny
 
 from engine.answers import MODEL, Row, answering
 from engine.config import Strict
 from engine.data.cells import Cell
-from engine.errors import UserError, did_you_mean
+from engine.errors import UserError
+from engine.registry import Registry
 
 if TYPE_CHECKING:
     import torch
 
     Batch = dict[str, torch.Tensor]
 
-GROUP = "bothways.tasks"
-"""Entry points of packages that bring tasks of their own: name of the task → module of its training half."""
+REGISTRY = Registry("task", __name__, __path__, "bothways.tasks")
 Example = dict[str, Any]
 """An encoded row; holds at least `input_ids`."""
 Facts = dict[str, Any]
@@ -204,56 +200,13 @@ def limited(tokenizer: Any, max_length: int) -> Any:
     return inside
 
 
-def own() -> dict[str, str]:
-    """Returns {task: module} of the files of this folder."""
-    return {info.name: f"{__name__}.{info.name}" for info in pkgutil.iter_modules(__path__)}
-
-
-def known() -> dict[str, str]:
-    """Returns {task: module} of the files of this folder and of installed packages (`GROUP`)."""
-    return {point.name: point.value for point in importlib.metadata.entry_points(group=GROUP)} | own()
-
-
-def module_of(task: str) -> Any:
-    """Imports the training half of a task.
-
-    Raises:
-        UserError: there is none of that name.
-    """
-    found = own().get(task) or known().get(task)
-    if found is None:
-        raise UserError(f"unknown task '{task}'{did_you_mean(task, list(known()))}")
-    try:
-        return importlib.import_module(found)
-    except ImportError as error:
-        raise UserError(f"task '{task}' cannot be imported from {found}: {error}") from None
-
-
-def _config(value: Any) -> Any:
-    """Validates a section by the class that its `type` names."""
-    if not isinstance(value, dict):
-        return value
-    task = value.get("type")
-    if not isinstance(task, str):
-        raise _wrong_type("missing" if task is None else "string_type", task)
-    try:
-        chosen = module_of(task).Config
-    except UserError as error:
-        raise _wrong_type(PydanticCustomError("task_type", "{message}", {"message": str(error)}), task) from None
-    return chosen.model_validate(value)
-
-
-def _wrong_type(kind: Any, task: Any) -> ValidationError:
-    return ValidationError.from_exception_data("task", [{"type": kind, "loc": ("type",), "input": task}])
-
-
-AnyTask = Annotated[SerializeAsAny[TaskConfig], BeforeValidator(_config)]
+AnyTask = Annotated[SerializeAsAny[TaskConfig], BeforeValidator(REGISTRY.validate)]
 """The section of any installed task; only the file that it names is imported."""
 
 
 def task_class(config: TaskConfig) -> type[Task]:
     """Returns the training half that a section names."""
-    return module_of(config.type).Task
+    return REGISTRY.module(config.type).Task
 
 
 def task_of_rows(config: TaskConfig, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Task:

@@ -7,7 +7,6 @@ copies of weights, the vocabulary's logits, the temporaries of the backward pass
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +14,10 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.models import checkpoint_activations
-from engine.models.attention import packed_mask
 
 ROWS = (2, 4)
 """Numbers of rows that are run; one row alone would be broadcast."""
@@ -166,18 +163,3 @@ def _moments(model: Any, loss: Loss, rows: int, precision: str) -> list[Moment]:
         value.backward()
         live.note()
     return live.moments
-
-
-def masked_lm_loss(length: int, mask: float) -> Loss:
-    """Returns the loss of masked language modelling on packed rows of `length` tokens of which a share `mask` is predicted."""
-
-    def loss(model: Any, rows: int) -> torch.Tensor:
-        ids = torch.zeros(rows, length, dtype=torch.int64)
-        mask_additive = packed_mask(ids, model.dtype)
-        hidden = model.base_model(input_ids=ids, position_ids=ids.clone(), attention_mask=mask_additive)[0]
-        # How many tokens are predicted is drawn at random in training; shapes without values need a number.
-        predicted = torch.zeros(math.ceil(rows * length * mask), dtype=torch.int64)
-        logits = model.cls(hidden.flatten(0, 1)[predicted])
-        return functional.cross_entropy(logits.float(), predicted, reduction="sum")
-
-    return loss

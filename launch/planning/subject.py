@@ -10,6 +10,7 @@ import torch
 from engine.config import ModelRef, Recipe
 from engine.errors import UserError
 from engine.models import build_model, load_model, load_tokenizer, set_dropout, size_of
+from engine.objectives import Objective, objective_class
 from engine.pretrain import PretrainConfig, rounded
 from engine.stage import Stage, read_stage
 from engine.tasks import task_class
@@ -33,9 +34,13 @@ def subject_of(stage: Stage[Any], attention: str) -> Subject:
     config, recipe = stage.config, stage.recipe
     notes: list[str] = []
     if stage.kind == "pretrain":
-        loss = footprint.masked_lm_loss(config.sequence_length, config.objective.mask)
-        build = _new_model(stage.recipe, config, attention, "AutoModelForMaskedLM")
-        return Subject(_with_dropout(build, config.train.dropout), loss, 0, notes)
+        objective = objective_class(config.objective)
+
+        def of_objective(model: Any, rows: int) -> torch.Tensor:
+            return objective.made_up_loss(config.objective, model, rows, config.sequence_length)
+
+        build = _adapted(_new_model(stage.recipe, config, attention, objective.head), objective)
+        return Subject(_with_dropout(build, config.train.dropout), of_objective, 0, notes)
     task, length = task_class(config.task), config.max_length
 
     def made_up(model: Any, rows: int) -> torch.Tensor:
@@ -51,6 +56,15 @@ def subject_of(stage: Stage[Any], attention: str) -> Subject:
     with torch.device("meta"):
         teacher = size_of(_fine_tuned(recipe, config.teacher, task.head, attention, [])())["weight_bytes"]
     return Subject(_with_dropout(build, config.train.dropout), made_up, teacher, notes)
+
+
+def _adapted(build: Build, objective: type[Objective]) -> Build:
+    def changed() -> Any:
+        model = build()
+        objective.adapt(model)
+        return model
+
+    return changed
 
 
 def _new_model(recipe: Recipe, config: PretrainConfig, attention: str, head: str) -> Build:

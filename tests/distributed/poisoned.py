@@ -4,7 +4,7 @@ import math
 import os
 
 from engine import loop, pretrain
-from engine.objectives.mlm import MaskedLanguageModelling
+from engine.objectives.mlm import Objective
 from engine.stage import stage_main
 
 BAD = 5
@@ -13,7 +13,7 @@ BAD = 5
 
 def run(stage):
     """Runs the stage; the loss of the bad step is not a number on rank 1."""
-    loss, step, bad = MaskedLanguageModelling.loss, loop.Fit._step, []
+    loss, step, bad = Objective.loss, loop.Fit._step, []
 
     def watched(self, state):
         bad[:] = [state.step + state.data_offset == BAD and os.environ["RANK"] == "1"]
@@ -27,7 +27,7 @@ def run(stage):
         return total * math.nan if any(bad) else total, count
 
     loop.Fit._step = watched
-    MaskedLanguageModelling.loss = poisoned
+    Objective.loss = poisoned
     pretrain.run(stage)
 
 

@@ -37,6 +37,66 @@ def test_no_product_file_imports_the_tests_or_the_benchmarks(floor):
     assert {path: names for path, names in found.items() if names} == {}
 
 
+def modules_of(path: Path) -> set[str]:
+    """Returns the full names that a file imports, anywhere in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def product_files(*without: str) -> list[Path]:
+    files = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
+    return [path for path in files if not path.relative_to(ROOT).as_posix().startswith(without)]
+
+
+def strings_of(path: Path) -> set[str]:
+    """Returns the strings of a file that are no docstrings."""
+    tree = ast.parse(path.read_text())
+    said = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    constants = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in said]
+    return {node.value for node in constants if isinstance(node.value, str)}
+
+
+CONCRETE = {
+    "task": ("engine/tasks/", "engine/answers/"),
+    "objective": ("engine/objectives/",),
+}
+"""Kinds of modules that are found by their file name, and the rooms that know them."""
+
+
+@pytest.mark.parametrize("kind", CONCRETE)
+def test_no_module_outside_of_its_room_imports_or_names_a_concrete_one(kind):
+    rooms = CONCRETE[kind]
+    names = {p.stem for room in rooms for p in (ROOT / room).glob("*.py") if not p.stem.startswith("_")}
+    assert names
+    modules = {f"{room.replace('/', '.')}{name}" for room in rooms for name in names}
+    imports = {str(path.relative_to(ROOT)): modules_of(path) & modules for path in product_files(*rooms)}
+    assert {path: found for path, found in imports.items() if found} == {}
+    # `classification` is also an extension of the inference protocol, which the front ends speak.
+    spoken = ("export/serving/http_frontend.py", "export/serving/grpc_frontend.py", "export/serving/service.py")
+    named = {str(path.relative_to(ROOT)): strings_of(path) & names for path in product_files(*rooms, *spoken)}
+    assert {path: found for path, found in named.items() if found} == {}
+
+
+def test_no_module_but_the_family_table_names_an_architecture():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    table = "engine/models/families.py"
+    named = {str(path.relative_to(ROOT)): strings_of(path) & set(CONFIG_MAPPING_NAMES) for path in product_files(table)}
+    assert {path: found for path, found in named.items() if found} == {}
+
+
+def test_the_answering_halves_import_numpy_tokenizers_and_each_other_only():
+    """A Triton repository gets a copy of them, and nothing else of ours."""
+    allowed = {*sys.stdlib_module_names, "numpy", "tokenizers"}
+    for path in sorted((ROOT / "engine" / "answers").glob("*.py")):
+        ours = {name for name in modules_of(path) if name == "engine" or f"{name}.".startswith("engine.answers.")}
+        assert {name for name in modules_of(path) - ours if name.partition(".")[0] not in allowed} == set(), path
+
+
 def loaded_by(*arguments: str) -> set[str]:
     """Returns the heavy packages that a command has loaded when it ends."""
     code = (

@@ -8,9 +8,7 @@ import torch
 
 from engine.models import ScratchConfig, build_model
 from engine.models.attention import packed_mask
-from engine.objectives import MlmConfig
-from engine.objectives.mlm import IGNORED, MaskedLanguageModelling
-from engine.pretrain import predict_frequencies
+from engine.objectives.mlm import IGNORED, Config, Objective, predict_frequencies
 from engine.randomness import generator
 from tests.unit.models import tiny_masked_lm
 
@@ -19,12 +17,12 @@ MASK = 4
 
 
 def objective(vocabulary=1000):
-    return MaskedLanguageModelling(MlmConfig(), vocabulary, MASK, SPECIAL)
+    return Objective(Config(), vocabulary, MASK, SPECIAL)
 
 
 def test_masking_takes_15_percent_and_splits_them_80_10_10():
     tokens = np.random.default_rng(0).integers(5, 1000, 400_000)
-    corrupted, labels = objective().corrupt(tokens, generator(1, "mask"))
+    corrupted, labels = objective().corrupt(tokens, generator(1, "mask")).values()
     chosen = labels != IGNORED
     assert chosen.mean() == pytest.approx(0.15, abs=0.003)
     assert (corrupted[chosen] == MASK).mean() == pytest.approx(0.8, abs=0.005)
@@ -37,7 +35,7 @@ def test_masking_takes_15_percent_and_splits_them_80_10_10():
 
 def test_special_tokens_are_neither_predicted_nor_drawn_as_replacement():
     tokens = np.resize(np.array([*SPECIAL, 7]), 60_000)
-    corrupted, labels = objective().corrupt(tokens, generator(1, "mask"))
+    corrupted, labels = objective().corrupt(tokens, generator(1, "mask")).values()
     assert (labels[np.isin(tokens, SPECIAL)] == IGNORED).all()
     changed = (corrupted != tokens) & (corrupted != MASK)
     assert changed.any()
@@ -46,7 +44,7 @@ def test_special_tokens_are_neither_predicted_nor_drawn_as_replacement():
 
 def test_the_same_counter_masks_alike_and_another_one_differently():
     tokens = np.random.default_rng(0).integers(5, 1000, 500)
-    first, again, other = (objective().corrupt(tokens, generator(*key))[0] for key in [(1, 2), (1, 2), (1, 3)])
+    first, again, other = (objective().corrupt(tokens, generator(*key))["input_ids"] for key in [(1, 2), (1, 2), (1, 3)])
     assert (first == again).all()
     assert (first != other).any()
 
@@ -110,7 +108,8 @@ def test_a_new_model_predicts_every_token_as_often_as_the_corpus_has_it():
 
 def test_log_frequencies_are_not_rounded_under_autocast():
     shape = ScratchConfig(layers=1, hidden=32, heads=4, positions=16)
-    model = build_model(shape, "AutoModelForMaskedLM", 64, 0).eval()
+    model = build_model(shape, Objective.head, 64, 0).eval()
+    Objective.adapt(model)
     predict_frequencies(model, SimpleNamespace(tokens=np.repeat(np.arange(64), np.arange(64) ** 2)))
     bias = model.cls.predictions.bias
     hidden = torch.zeros(3, 32)

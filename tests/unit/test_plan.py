@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from engine.config import load_recipe
 from engine.errors import UserError
+from engine.objectives import mlm
 from engine.zero import SHIPPED
 from launch.planning import footprint, plan
 from launch.planning.footprint import Measured, Moment, frontier
@@ -147,10 +148,12 @@ def test_the_frontier_leaves_out_only_what_another_moment_exceeds(points):
 # Footprints.
 
 
+def masked_lm_loss(model, rows):
+    return mlm.Objective.made_up_loss(mlm.Config(), model, rows, 32)
+
+
 def measure(gradient_checkpointing=False, precision="fp32", **shape):
-    return footprint.measure(
-        lambda: tiny_masked_lm(**shape), footprint.masked_lm_loss(32, 0.15), precision, gradient_checkpointing
-    )
+    return footprint.measure(lambda: tiny_masked_lm(**shape), masked_lm_loss, precision, gradient_checkpointing)
 
 
 def test_a_footprint_is_linear_in_the_rows(monkeypatch):
@@ -169,7 +172,7 @@ def test_tied_weights_are_counted_once():
 def test_activations_are_those_that_autograd_keeps():
     import torch
 
-    model, loss = tiny_masked_lm().train(), footprint.masked_lm_loss(32, 0.15)
+    model, loss = tiny_masked_lm().train(), masked_lm_loss
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 

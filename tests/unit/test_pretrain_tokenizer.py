@@ -7,7 +7,7 @@ import pytest
 from engine.config import load_recipe
 from engine.errors import UserError
 from engine.models import load_tokenizer
-from engine.pretrain import SPECIAL_TOKENS, require_special_tokens
+from engine.objectives.mlm import Objective
 from launch.check import check_recipe
 from launch.recipe import load_stages
 from tests.recipes import finetune_section, pretrain_section, write_recipe
@@ -41,7 +41,7 @@ def test_a_tokenizer_needs_no_model(recipe, tmp_path):
     assert "base" in check(recipe)
     (stage,) = load_stages(load_recipe(recipe))
     tokenizer = load_tokenizer(stage.recipe.find(stage.config.tokenizer.model, "tokenizer"))
-    require_special_tokens(tokenizer)
+    Objective.require(tokenizer)
     assert len(tokenizer) == len(tiny_tokenizer(tmp_path / "again"))
     assert stage.inputs["tokenizer.model"]["sha256"]
 
@@ -77,5 +77,5 @@ def test_a_directory_that_gives_no_tokenizer_for_pretraining_is_named(recipe, tm
 
 def test_a_special_token_that_only_the_loaded_tokenizer_shows_to_be_missing_is_named(recipe, tmp_path):
     (tmp_path / "words/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    with pytest.raises(UserError, match=f"words: this tokenizer has no {', '.join(SPECIAL_TOKENS)}, which"):
-        require_special_tokens(load_tokenizer(tmp_path / "words"))
+    with pytest.raises(UserError, match=f"words: this tokenizer has no {', '.join(Objective.special_tokens)}, which"):
+        Objective.require(load_tokenizer(tmp_path / "words"))
