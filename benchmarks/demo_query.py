@@ -109,8 +109,8 @@ def summary(run: Run) -> Any:
     columns = [name for name in (comparison.get("baseline"), final["stage"]) if name]
     table = Table("", *columns, title=f"{final['recipe']}: what the chain made")
     records = [run.stages[name] for name in columns]
-    accuracies = [judged(record) for record in records]
-    table.add_row("accuracy, %", *(f"{a[1].value:.1f} ({a[1].low:.1f} to {a[1].high:.1f})" if a else "" for a in accuracies))
+    scores = [score.interval if (score := judged(record)) else None for record in records]
+    table.add_row("accuracy, %", *(f"{a.value:.1f} ({a.low:.1f} to {a.high:.1f})" if a else "" for a in scores))
     table.add_row("parameters, M", *(f"{record['parameters'] / 1e6:.1f}" for record in records))
     table.add_row("weights, MB", *(f"{record['weight_bytes'] / 1e6:.1f}" for record in records))
     measured = run.measurements()

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.intervals import Interval
 from export import plots
-from export.report import Run, bundle_identity, judged, read_history, replay_recipe
+from export.report import Run, Score, bundle_identity, drop_of, judged, read_history, replay_recipe
 
 RAIL_ROW, RAIL_LANE = 70, 13
 """Pixels between two stages in the picture of the chain, and between two of its lines."""
@@ -33,7 +33,9 @@ def render(run: Run) -> str:
         headline=headline(run),
         tiles=tiles(run),
         rail=rail(run),
-        rows=[row(run, name) for name in run.stages],
+        rows=(rows := [row(run, name) for name in run.stages]),
+        scored=next((f"{r['score'].name.capitalize()}, {r['score'].unit}" for r in reversed(rows) if r["score"]), "Score"),
+        f1=any("f1_macro" in r["metrics"] for r in rows),
         figures=figures(run),
         curves=training_curves(run),
         engines=engines(run),
@@ -77,13 +79,13 @@ def interval(value: Interval | dict[str, Any], digits: int = 1) -> str:
 def headline(run: Run) -> str:
     """Returns the verdict in one sentence."""
     final, comparison = run.final, (run.final or {}).get("comparison") or {}
-    accuracy = judged(final) if final else None
-    if final is None or accuracy is None:
+    score = judged(final) if final else None
+    if final is None or score is None:
         return "No engine has been exported yet." if final is None else ""
-    split, value = accuracy
-    text = f"The engine of stage “{final['stage']}” is right on {value.value:.1f} % of the {split} rows"
-    drop, speed = comparison.get("accuracy_drop_points"), comparison.get("speedup_vs_torch_fp32")
-    if drop:
+    does = f"is right on {score.shown}" if score.counted else f"has {_article(score.name)} {score.name} of {score.shown} on"
+    text = f"The engine of stage “{final['stage']}” {does} {'of ' if score.counted else ''}the {score.split} rows"
+    drop, speed = (drop_of(comparison) or ("", None))[1], comparison.get("speedup_vs_torch_fp32")
+    if drop and score.counted:
         side = "below" if drop["value"] >= 0 else "above"
         text += f", {abs(drop['value']):.1f} points {side} “{comparison['baseline']}”"
     if speed:
@@ -100,30 +102,26 @@ def tiles(run: Run) -> Figures:
     def tile(label: str, value: str, unit: str, detail: str) -> None:
         found.append({"label": label, "value": value, "unit": unit, "detail": detail})
 
-    accuracy = judged(record)
-    if accuracy:
-        split, value = accuracy
-        examples = record["metrics"][split]["examples"]
-        tile(
-            f"Accuracy of {record['stage']}",
-            f"{value.value:.1f}",
-            "%",
-            f"{interval(value)} · {split}, n\u00a0=\u00a0{examples:,.0f}",
-        )
+    score = judged(record)
+    if score:
+        value, _, unit = score.shown.partition(" ")
+        rows = f"{score.split}, n\u00a0=\u00a0{record['metrics'][score.split]['examples']:,.0f}"
+        detail = f"{interval(score.interval)} · {rows}" if score.counted else rows
+        tile(f"{score.name.capitalize()} of {record['stage']}", value, unit, detail)
     comparison = record.get("comparison") or {}
     baseline = comparison.get("baseline")
+    lost = (drop_of(comparison) or ("", None))[0]
     for key, label, unit in (
-        ("accuracy_drop_points", f"Drop from {baseline}", "points"),
+        (lost, f"Drop from {baseline}", "points" if score and score.unit == "%" else score.unit if score else ""),
         ("speedup_vs_torch_fp32", f"Over {baseline} in PyTorch fp32", "× faster"),
         ("speedup_vs_onnx_fp32", f"Over {baseline} in ONNX Runtime fp32", "× faster"),
     ):
         figure = comparison.get(key)
         if figure:
-            points = key == "accuracy_drop_points"
-            detail = f"{interval(figure)} · " + (
-                "paired bootstrap" if points else f"batch\u00a01, {record['benchmark']['threads']}\u00a0threads"
-            )
-            tile(label, f"{figure['value']:.1f}", unit, detail)
+            ends = f"{interval(figure)} · " if "low" in figure else ""
+            how = "paired bootstrap" if ends else f"n\u00a0=\u00a0{figure['n']:,}"
+            detail = ends + (how if key == lost else f"batch\u00a01, {record['benchmark']['threads']}\u00a0threads")
+            tile(label, f"{figure['value']:.1f}" if ends else f"{figure['value']:.3g}", unit, detail)
     size = record.get("weight_bytes")
     if size is not None:
         ratio = comparison.get("weight_bytes_ratio")
@@ -176,12 +174,11 @@ def _middle(number: int) -> int:
 def row(run: Run, name: str) -> dict[str, Any]:
     """Returns what the chain's picture and the table show of one stage."""
     record = run.stages[name]
-    accuracy = judged(record)
+    score = judged(record)
     return {
         "record": record,
-        "split": accuracy[0] if accuracy else None,
-        "accuracy": accuracy[1] if accuracy else None,
-        "metrics": record.get("metrics", {}).get(accuracy[0] if accuracy else "validation", {}),
+        "score": score,
+        "metrics": record.get("metrics", {}).get(score.split if score else "validation", {}),
         "latency": run.latency(name),
         "reads": ", ".join(dict.fromkeys(run.upstream(name).values())),
         "stale": run.stale(name),
@@ -192,14 +189,18 @@ def row(run: Run, name: str) -> dict[str, Any]:
 def figures(run: Run) -> Figures:
     """Returns the plots of accuracy, size and latency: {"title", "caption", "svg"}; what was not measured is left out."""
     chain, found = run.chain(), []
-    accuracies = {name: entry for name, record in run.stages.items() if (entry := judged(record))}
-    split = next((accuracies[name][0] for name in reversed(chain) if name in accuracies), None)
-    on_split = {name: accuracy for name, (on, accuracy) in accuracies.items() if on == split}
+    scores = {name: entry for name, record in run.stages.items() if (entry := judged(record))}
+    last = next((scores[name] for name in reversed(chain) if name in scores), None)
+    on_split = {name: s.interval for name, s in scores.items() if last and (s.split, s.name) == (last.split, last.name)}
+    axis = f"{last.name} in {last.unit}" if last else ""
     steps = [(name, on_split[name]) for name in chain if name in on_split]
     beside = [(name, value) for name, value in on_split.items() if name not in chain]
-    if steps:
-        caption = f"Share of {split} rows classified right. Bars: change from the stage before; whiskers: Wilson 95 % intervals."
-        found.append(_figure("Accuracy along the chain", caption, plots.accuracy_waterfall(steps, True, "chain")))
+    if last and steps:
+        caption = (
+            f"{_meaning(last)} Bars: change from the stage before{'; whiskers: Wilson 95 % intervals' if last.counted else ''}."
+        )
+        drawn = plots.waterfall(steps, True, "chain", axis, last.higher_is_better)
+        found.append(_figure(f"{last.name.capitalize()} along the chain", caption, drawn))
     sizes = [(name, run.stages[name]["weight_bytes"]) for name in chain if run.stages[name].get("weight_bytes")]
     if sizes:
         caption = "Bytes of the weights on disk; the shadow is what a stage took away."
@@ -214,16 +215,26 @@ def figures(run: Run) -> Figures:
             for engine in measured
             if engine["stage"] in on_split
         ]
-        if points:
+        if points and last:
+            better = "Up" if last.higher_is_better else "Down"
             caption = (
-                "Up and left is better; ONNX Runtime where nothing else is said. The line joins what nothing else beats in both; "
-                "whiskers: accuracy intervals."
+                f"{better} and left is better; ONNX Runtime where nothing else is said. The line joins what nothing else beats "
+                f"in both{'; whiskers: intervals' if last.counted else ''}."
             )
-            found.append(_figure("Accuracy against latency", caption, plots.pareto(points)))
-    if beside:
-        caption = f"Classifiers that are not on the way to the last model, on the {split} rows."
-        found.append(_figure("Beside the chain", caption, plots.accuracy_waterfall(beside, False, "beside")))
+            drawn = plots.pareto(points, axis, last.higher_is_better)
+            found.append(_figure(f"{last.name.capitalize()} against latency", caption, drawn))
+    if last and beside:
+        caption = f"Models that are not on the way to the last one, on the {last.split} rows."
+        found.append(_figure("Beside the chain", caption, plots.waterfall(beside, False, "beside", axis, last.higher_is_better)))
     return found
+
+
+def _meaning(score: Score) -> str:
+    return f"Share of {score.split} rows that were answered right." if score.counted else f"On the {score.split} rows."
+
+
+def _article(noun: str) -> str:
+    return "an" if noun[0] in "aeiou" else "a"
 
 
 def _short(engine: dict[str, Any]) -> str:
@@ -262,10 +273,11 @@ def training_curves(run: Run) -> Figures:
             continue
         losses = {"training": training}
         if record["kind"] != "distill":  # its training loss is the distance to the teacher, another quantity
-            losses["validation"] = [(step, values["loss"]) for step, values in judgements]
-        accuracy = [(step, values["accuracy"]) for step, values in judgements if step and "accuracy" in values]
+            losses["validation"] = [(step, values["loss"]) for step, values in judgements if "loss" in values]
+        metric = record.get("metric") or {"name": "", "unit": ""}
+        scores = [(step, values[metric["name"]]) for step, values in judgements if step and metric["name"] in values]
         best = record.get("best_step")
-        svg = plots.curves(name, losses, "accuracy in %", accuracy, best)
+        svg = plots.curves(name, losses, f"{metric['name']} in {metric['unit']}", scores, best)
         facts = [f"{record.get('steps', training[-1][0]):,} steps in {duration(record.get('seconds', {}).get('training'))}"]
         facts += [f"best at step {best:,}"] if best else []
         facts += [str(record["processes"])] if "processes" in record else []

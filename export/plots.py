@@ -107,8 +107,8 @@ def _signed(change: float) -> str:
     return f"{change:+.1f}".replace("-", "−")
 
 
-def accuracy_waterfall(steps: Sequence[tuple[str, Interval]], chain: bool, name: str) -> str:
-    """Accuracy in percent of each stage with its interval; with `chain`, a bar from one stage to the next shows gain and loss."""
+def waterfall(steps: Sequence[tuple[str, Interval]], chain: bool, name: str, axis: str, higher_is_better: bool) -> str:
+    """The metric of each stage with its interval; with `chain`, a bar from one stage to the next shows gain and loss."""
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
@@ -118,16 +118,17 @@ def accuracy_waterfall(steps: Sequence[tuple[str, Interval]], chain: bool, name:
         for row, (_, interval) in enumerate(steps):
             if chain and row:
                 before = steps[row - 1][1].value
-                gained = interval.value >= before
+                gained = interval.value >= before if higher_is_better else interval.value <= before
                 axes.barh(row, interval.value - before, left=before, height=0.62, color=GAIN if gained else LOSS, alpha=0.35)
                 axes.plot([before, before], [row - 1, row + 0.31], color=MUTED, linewidth=0.7, linestyle=(0, (2, 2)))
             _whisker(axes, row, interval, MUTED)
             axes.plot(interval.value, row, "o", color=ACCENT, markersize=5, markeredgecolor=PAPER, markeredgewidth=0.8)
             change = f" ({_signed(interval.value - steps[row - 1][1].value)})" if chain and row else ""
             _beside(axes, right, row, f"{interval.value:.1f}{change}")
-        axes.set_xlabel("accuracy in %, 95 % interval")
+        intervals = any(interval.low < interval.high for _, interval in steps)
+        axes.set_xlabel(f"{axis}, 95 % interval" if intervals else axis)
 
-    return _draw(name, "Accuracy of each stage", WIDE, 0.6 + ROW * len(steps), paint)
+    return _draw(name, f"{axis} of each stage", WIDE, 0.6 + ROW * len(steps), paint)
 
 
 def size_waterfall(steps: Sequence[tuple[str, float]]) -> str:
@@ -175,15 +176,16 @@ def on_frontier(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not any((c <= cost and v >= value) and (c < cost or v > value) for c, v in points) for cost, value in points]
 
 
-def pareto(points: Sequence[tuple[str, Interval, Interval, bool]]) -> str:
-    """Accuracy over latency of each (label, milliseconds, accuracy, is an engine), with the line that nothing else beats."""
+def pareto(points: Sequence[tuple[str, Interval, Interval, bool]], axis: str, higher_is_better: bool) -> str:
+    """The metric over latency of each (label, milliseconds, metric, is an engine), with the line that nothing else beats."""
+    sign = 1 if higher_is_better else -1
 
     def paint(figure: Any) -> None:
         from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
         axes = figure.subplots()
         axes.grid()
-        best = on_frontier([(time.value, accuracy.value) for _, time, accuracy, _ in points])
+        best = on_frontier([(time.value, sign * accuracy.value) for _, time, accuracy, _ in points])
         line = sorted((p[1].value, p[2].value) for p, kept in zip(points, best, strict=True) if kept)
         axes.step(*zip(*line, strict=True), where="post", color=ACCENT, linewidth=1, alpha=0.6)
         for (_, time, accuracy, engine), kept in zip(points, best, strict=True):
@@ -196,10 +198,10 @@ def pareto(points: Sequence[tuple[str, Interval, Interval, bool]]) -> str:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("median ms at batch 1 (logarithmic): left is faster")
-        axes.set_ylabel("accuracy in %")
+        axes.set_ylabel(axis)
         _place_labels(figure, axes, [(label, time.value, accuracy.value) for label, time, accuracy, _ in points])
 
-    return _draw("pareto", "Accuracy over latency", WIDE, 3.0, paint)
+    return _draw("pareto", f"{axis} over latency", WIDE, 3.0, paint)
 
 
 def _place_labels(figure: Any, axes: Any, labels: Sequence[tuple[str, float, float]]) -> None:

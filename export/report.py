@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -21,7 +21,9 @@ from engine.stage import STAGE_FILE, digest, read_stage, sha256
 
 REPORT_FILE = "report.html"
 PARTIAL = ".partial"
-COMPARISON = ("accuracy_drop_points", "speedup_vs_torch_fp32", "speedup_vs_onnx_fp32")
+COMPARISON = ("speedup_vs_torch_fp32", "speedup_vs_onnx_fp32")
+DROP = "_drop_points"
+"""End of the key of what an engine loses of the task's metric; `accuracy_drop_points`, for example."""
 BODY_KEYS = ("model", "student.model", "teacher")
 """Keys by which a stage names the model that it changes; the first that names a stage is its place in the chain."""
 NEEDED = {"stage", "kind", "recipe", "section", "seed", "inputs", "versions", "machine", "finished", "files"}
@@ -154,22 +156,47 @@ def read_history(stage: Path) -> list[dict[str, Any]]:
     return found
 
 
-def accuracy_of(metrics: dict[str, float]) -> Interval | None:
-    """Returns a split's accuracy in percent with its Wilson interval, None if the stage does not classify."""
-    if "accuracy" not in metrics:
+class Score(NamedTuple):
+    """What the metric of a task says of a stage."""
+
+    split: str
+    interval: Interval
+    """Of a metric that is no share of right examples: the value alone, thrice."""
+    name: str
+    unit: str
+    counted: bool
+    higher_is_better: bool
+
+    @property
+    def shown(self) -> str:
+        """The value with its unit."""
+        return f"{self.interval.value:.1f} %" if self.unit == "%" else f"{self.interval.value:.3g} {self.unit}".rstrip()
+
+
+def interval_of(metrics: dict[str, float], metric: dict[str, Any]) -> Interval | None:
+    """Returns a split's metric, with its Wilson interval where it is a share of right examples in percent."""
+    value = metrics.get(metric["name"])
+    if value is None:
         return None
+    if not metric["counted"]:
+        return Interval(value, value, value)
     examples = int(metrics["examples"])
-    return accuracy_interval(np.arange(examples) < round(metrics["accuracy"] / 100 * examples))
+    return accuracy_interval(np.arange(examples) < round(value / 100 * examples))
 
 
-def judged(record: dict[str, Any]) -> tuple[str, Interval] | None:
-    """Returns (split, accuracy) of a classifier: on the test split, else on the validation split."""
-    metrics = record.get("metrics", {})
+def judged(record: dict[str, Any]) -> Score | None:
+    """Returns the metric of a fine-tuned model: on the test split, else on the validation split; None where there is none."""
+    metrics, metric = record.get("metrics", {}), record.get("metric")
     for split in ("test", "validation"):
-        accuracy = accuracy_of(metrics.get(split, {}))
-        if accuracy:
-            return split, accuracy
+        interval = interval_of(metrics.get(split, {}), metric) if metric else None
+        if metric and interval:
+            return Score(split, interval, metric["name"], metric["unit"], metric["counted"], metric["higher_is_better"])
     return None
+
+
+def drop_of(comparison: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """Returns (key, figure) of what an engine loses against its baseline."""
+    return next(((key, figure) for key, figure in comparison.items() if key.endswith(DROP) and figure), None)
 
 
 def report_json(run_dir: Path | str) -> dict[str, Any]:
@@ -185,8 +212,9 @@ def report_json(run_dir: Path | str) -> dict[str, Any]:
     for name, record in run.stages.items():
         metrics = {}
         for split, values in record.get("metrics", {}).items():
-            accuracy = accuracy_of(values)
-            ends = {"accuracy_low": accuracy.low, "accuracy_high": accuracy.high} if accuracy else {}
+            metric = record.get("metric") or {"name": None, "counted": False}
+            interval = interval_of(values, metric) if metric["counted"] else None
+            ends = {f"{metric['name']}_low": interval.low, f"{metric['name']}_high": interval.high} if interval else {}
             metrics[split] = {**values, **ends}
         stages.append(
             {
@@ -198,8 +226,11 @@ def report_json(run_dir: Path | str) -> dict[str, Any]:
                 "latency_ms_b1": run.latency(name),
             }
         )
-    found = (run.final or {}).get("comparison", {})
-    return {"stages": stages, "comparison": {key: found.get(key) for key in COMPARISON}}
+    final = run.final or {}
+    found = final.get("comparison", {})
+    named = [record["metric"]["name"] for record in (final, *run.stages.values()) if record.get("metric")]
+    keys = [f"{named[0]}{DROP}", *COMPARISON] if named else COMPARISON
+    return {"stages": stages, "comparison": {key: found.get(key) for key in keys}}
 
 
 def replay_recipe(run: Run) -> str:

@@ -207,8 +207,9 @@ def summary(stages: list[Stage[Any]], ran: list[str]) -> Table:
 def _result(record: dict[str, Any]) -> str:
     split = "test" if "test" in record["metrics"] else "validation"
     metrics = record["metrics"][split]
-    if "accuracy" in metrics:
-        shown = f"{split} accuracy {metrics['accuracy']:.2f} %"
+    metric = record.get("metric")
+    if metric:
+        shown = f"{split} {metric['name']} {metrics[metric['name']]:.2f} {metric['unit']}"
     else:
         shown = f"{split} loss {metrics['loss']:.3f}"
         shown += f" (at first {metrics['initial_loss']:.3f})" if "initial_loss" in metrics else ""

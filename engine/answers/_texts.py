@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.answers import Arrays, Row, RowError
+from engine.answers import Answers, Arrays, Row, RowError
 
 
 def limit(tokenizer: Any, max_length: int, pad_token: str | None, truncation_side: str = "right") -> None:
@@ -74,3 +74,23 @@ def identity(texts: list[str]) -> str:
 def digits(values: Any) -> list[float]:
     """Returns float32 numbers as Python numbers of the fewest digits that read back as the same bits."""
     return [float(str(value)) for value in np.asarray(values, dtype=np.float32)]
+
+
+class TextAnswers(Answers):
+    """The answering half of a task on texts; facts: `text` and, for pairs, `text_pair`: the columns."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        pair = self.facts.get("text_pair")
+        return {"text": self.facts["text"], **({"text_pair": pair} if pair else {})}
+
+    def encode(self, rows: Sequence[Row]) -> list[Any]:
+        """Tokenizes rows; the encodings are padded to the longest."""
+        return encodings(self.tokenizer, rows, self.columns)
+
+    def prepare(self, rows: Sequence[Row]) -> Arrays:
+        return arrays_of(self.encode(rows))
+
+    def identity(self, row: Row) -> str:
+        """Returns the id of a row, see `identity`."""
+        return identity(texts_of(row, self.columns))

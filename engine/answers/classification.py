@@ -10,16 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from engine import answers as contract
 from engine.answers import MODEL, Answer, Arrays, Metric, Row, Run, ServedTensor
-from engine.answers._texts import arrays_of, digits, encodings, identity, texts_of
+from engine.answers._texts import TextAnswers, digits
 
 OUTPUT = "logits"
 SMALLEST = float(np.finfo(np.float32).tiny)
 """A probability that rounds to 0 counts as this much in the loss."""
 
 
-class Answers(contract.Answers):
+class Answers(TextAnswers):
     """One label for a text or a pair of texts. Facts: `text`, `text_pair`, `label`, `names`, and `labels` in the order of ids."""
 
     metric = Metric("accuracy", counted=True)
@@ -32,18 +31,6 @@ class Answers(contract.Answers):
     @property
     def labels(self) -> list[str]:
         return self.facts["labels"]
-
-    @property
-    def columns(self) -> dict[str, str]:
-        pair = self.facts["text_pair"]
-        return {"text": self.facts["text"], **({"text_pair": pair} if pair else {})}
-
-    def encode(self, rows: Sequence[Row]) -> list[Any]:
-        """Tokenizes rows; the encodings are padded to the longest."""
-        return encodings(self.tokenizer, rows, self.columns)
-
-    def prepare(self, rows: Sequence[Row]) -> Arrays:
-        return arrays_of(self.encode(rows))
 
     def answer(self, run: Run, rows: Sequence[Row]) -> list[Answer]:
         """Returns {"label", "score", "scores": {label: probability}} of each row."""
@@ -81,7 +68,7 @@ class Answers(contract.Answers):
     def record(self, answer: Answer, row: Row) -> dict[str, Any]:
         """Returns {"id", "label", "prediction", "scores" in the order of the labels}."""
         return {
-            "id": identity(texts_of(row, self.columns)),
+            "id": self.identity(row),
             "label": self.truth(row),
             "prediction": answer["label"],
             "scores": [round(score, 6) for score in answer["scores"].values()],

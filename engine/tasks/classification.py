@@ -5,31 +5,26 @@ Shapes: B rows, L tokens, C classes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from pydantic import field_validator
 
-from engine import tasks
 from engine.answers import Row
-from engine.answers._texts import identity, texts_of
 from engine.answers.classification import OUTPUT, label_of
 from engine.data.cells import Cell, label_cell, refuse_scores, text_cell
-from engine.data.sources import PlacedRow
 from engine.errors import UserError, did_you_mean
-from engine.tasks import Example, Facts
+from engine.tasks import Facts, TaskConfig
+from engine.tasks._texts import TextTask
 
 if TYPE_CHECKING:
     import torch
 
     from engine.tasks import Batch
 
-AT_ONCE = 4096
-"""Rows tokenized at a time."""
 
-
-class Config(tasks.TaskConfig):
+class Config(TaskConfig):
     """One label for a text, or for a pair of texts."""
 
     type: Literal["classification"]
@@ -72,7 +67,7 @@ class Config(tasks.TaskConfig):
         return super().unlabelled(text) if self.text_pair else {self.text: text}
 
 
-class Task(tasks.Task):
+class Task(TextTask):
     """The classification task. Facts: `labels`, class names in the order of their ids."""
 
     head = "AutoModelForSequenceClassification"
@@ -107,56 +102,23 @@ class Task(tasks.Task):
             "label2id": {label: index for index, label in enumerate(labels)},
         }
 
-    def encode(self, rows: Sequence[Row]) -> list[Example]:
-        """Tokenizes rows in order.
-
-        Returns:
-            {"input_ids", "token_type_ids", "label", "id"} of each row; "label" is None for an unlabelled row.
+    def target_of(self, row: Row) -> int | None:
+        """Returns the id of a row's label.
 
         Raises:
-            UserError: a label that training never saw; names file and line of a row that was read from one.
+            UserError: a label that training never saw.
         """
-        answers, labels = self.answers, self.answers.labels
-        number = {label: index for index, label in enumerate(labels)}
-        examples = []
-        for start in range(0, len(rows), AT_ONCE):
-            chunk = rows[start : start + AT_ONCE]
-            for row, encoding in zip(chunk, answers.encode(chunk), strict=True):
-                label = answers.truth(row)
-                if label is not None and label not in number:
-                    where = f"{row.path}:{row.line}: " if isinstance(row, PlacedRow) else ""
-                    raise UserError(f"{where}label '{label}' is not among the training labels{did_you_mean(label, labels)}")
-                self.truncated += bool(encoding.overflowing)
-                real = np.flatnonzero(encoding.attention_mask)
-                part = slice(real[0], real[-1] + 1)
-                examples.append(
-                    {
-                        "input_ids": encoding.ids[part],
-                        "token_type_ids": encoding.type_ids[part],
-                        "label": None if label is None else number[label],
-                        "id": identity(texts_of(row, answers.columns)),
-                    }
-                )
-        return examples
+        label = self.answers.truth(row)
+        if label is None:
+            return None
+        if label not in self.number:
+            raise UserError(f"label '{label}' is not among the training labels{did_you_mean(label, self.answers.labels)}")
+        return self.number[label]
 
-    def collate(self, examples: list[Example]) -> Batch:
-        """Pads examples to the longest: input_ids, attention_mask, token_type_ids (B, L); labels (B,), -100 if none."""
-        import torch
-
-        length = max(len(example["input_ids"]) for example in examples)
-        ids = np.full((len(examples), length), self.tokenizer.pad_token_id, dtype=np.int64)
-        mask, types = np.zeros_like(ids), np.zeros_like(ids)
-        for row, example in enumerate(examples):
-            size = len(example["input_ids"])
-            ids[row, :size] = example["input_ids"]
-            types[row, :size] = example["token_type_ids"]
-            mask[row, :size] = 1
-        labels = [-100 if example["label"] is None else example["label"] for example in examples]
-        arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "labels": np.asarray(labels)}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-    def count(self, batch: Batch) -> int:
-        return int((batch["labels"] >= 0).sum())
+    @functools.cached_property
+    def number(self) -> dict[str, int]:
+        """{label: its id}."""
+        return {label: index for index, label in enumerate(self.answers.labels)}
 
     def named(self, output: Any) -> Batch:
         """Returns the class scores before the softmax, shape (B, C), float32."""

@@ -157,6 +157,9 @@ def _check_names(
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.]*", item["name"]):
                 where = engines[graph]["onnxruntime"]
                 raise UserError(f"{where}: the name {item['name']!r} is no identifier: rename it in the ONNX graph")
+            if len(item["shape"]) < 2:
+                where = engines[graph]["onnxruntime"]
+                raise UserError(f"{where}: '{item['name']}' has only the axis of the batch: a tensor of a bundle has another one")
             if item["dtype"] not in TYPES:
                 where = engines[graph]["onnxruntime"]
                 raise UserError(f"{where}: '{item['name']}' is a {item['dtype']}: a bundle holds int64 and float32 tensors")

@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.stage import digest
 
 TASK = {"type": "classification", "text": "text", "text_pair": None, "label": "label", "names": {}}
+METRIC = {"name": "accuracy", "higher_is_better": True, "unit": "%", "counted": True}
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "onnxruntime": "1.32.0"}
 
 
@@ -29,6 +30,7 @@ def write_stage(run: Path, name: str, kind: str, reads: dict[str, str] | None = 
         "machine": {"cpu_count": 2, "platform": "Linux-6.1-x86_64", "instructions": ["AVX2", "VNNI"]},
         "finished": f"2026-11-20T10:{order:02d}:00Z",
         "peak_memory_bytes": 1_400_000_000 + order * 10_000_000,
+        **({"metric": METRIC} if "accuracy" in str(facts.get("metrics")) else {}),
         **facts,
         "files": {"model.safetensors": {"sha256": digest([name, order]), "bytes": facts.get("weight_bytes", 0)}},
     }
