@@ -71,7 +71,7 @@ class BatchPlan:
     @functools.lru_cache(maxsize=2)  # noqa: B019 - one plan lives as long as its training
     def _epoch(self, epoch: int) -> np.ndarray:
         rng = generator(self.seed, "order", epoch)
-        order = rng.permutation(len(self.lengths)).astype(np.int32 if len(self.lengths) < 2**31 else np.int64)
+        order = rng.permutation(np.arange(len(self.lengths), dtype=np.int32 if len(self.lengths) < 2**31 else np.int64))
         order = np.resize(order, self.steps_per_epoch * self.batch_size)
         if self.bucket:
             window = BUCKET_BATCHES * self.batch_size

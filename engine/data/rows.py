@@ -94,7 +94,7 @@ def prepare_on_disk(
     learn: Callable[[Sequence[Row]], Facts],
     more: Callable[[Splits], Iterable[Row]] = lambda rows: (),
 ) -> Prepared:
-    """Reads and encodes the rows of a stage on the main rank, once; every rank then maps the files.
+    """Reads and encodes the rows of a stage on the main rank, once; every rank then reads the files in place.
 
     Args:
         config: a section with `task`, `data` and `max_length`.

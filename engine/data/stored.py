@@ -1,4 +1,4 @@
-"""Rows and encoded rows on disk: written once, then read memory-mapped, so that a rank's memory does not grow with the data.
+"""Rows and encoded rows on disk: written once, then read in place, so that a rank's memory does not grow with the data.
 
 A store is a directory, complete or absent. Records of it are found by their number without reading those before.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import struct
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,26 +22,46 @@ from engine.data.sources import PlacedRow
 
 Example = dict[str, Any]
 """An encoded row; holds at least `input_ids`."""
+END, BOTH = struct.Struct("<q"), struct.Struct("<qq")
+PIECE = 256
+"""Records read at a time by who reads them all."""
+_rows = json.JSONEncoder(ensure_ascii=False, default=str).encode
+_decode = json.JSONDecoder().decode
 LENGTHS = "input_ids"
 """The column whose length is that of the example."""
 
 
-class Records(Sequence[bytes]):
-    """Byte strings one after the other in `<name>.bin`, their ends in `<name>.npy` (int64)."""
+class Records:
+    """Byte strings one after the other in `<name>.bin`, the end of each (int64, little-endian) in `<name>.ends`.
+
+    They are read at their place, not mapped: mapped pages would count as memory of every rank that has touched them.
+    """
 
     def __init__(self, directory: Path, name: str) -> None:
-        self.ends = np.load(directory / f"{name}.npy", mmap_mode="r")
-        path = directory / f"{name}.bin"
-        # An empty file cannot be mapped.
-        self.data = np.memmap(path, dtype=np.uint8, mode="r") if path.stat().st_size else np.zeros(0, dtype=np.uint8)
+        self.ends = (directory / f"{name}.ends").open("rb", buffering=0)
+        self.data = (directory / f"{name}.bin").open("rb", buffering=0)
+        self.count = os.fstat(self.ends.fileno()).st_size // END.size
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return self.count
 
-    def __getitem__(self, number: Any) -> Any:
-        number = range(len(self))[number]
-        start = int(self.ends[number - 1]) if number else 0
-        return self.data[start : int(self.ends[number])].tobytes()
+    def __getitem__(self, number: int) -> bytes:
+        number = range(self.count)[number]
+        if number:
+            start, end = BOTH.unpack(os.pread(self.ends.fileno(), BOTH.size, END.size * (number - 1)))
+        else:
+            start, (end,) = 0, END.unpack(os.pread(self.ends.fileno(), END.size, 0))
+        return os.pread(self.data.fileno(), end - start, start)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Yields every record, many read at a time."""
+        start = 0
+        for first in range(0, self.count, PIECE):
+            ends = [end for (end,) in END.iter_unpack(os.pread(self.ends.fileno(), PIECE * END.size, first * END.size))]
+            begin, piece = start, os.pread(self.data.fileno(), ends[-1] - start, start)
+            for end in ends:
+                yield piece[start - begin : end - begin]
+                start = end
 
 
 class RecordWriter:
@@ -47,20 +69,20 @@ class RecordWriter:
 
     def __init__(self, directory: Path, name: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        self.file = (directory / f"{name}.bin").open("wb")
-        self.index = directory / f"{name}.npy"
-        self.ends, self.end = array("q"), 0
+        self.data = (directory / f"{name}.bin").open("wb")
+        self.ends = (directory / f"{name}.ends").open("wb")
+        self.end = 0
 
     def add(self, record: bytes) -> None:
         """Appends one record."""
-        self.file.write(record)
         self.end += len(record)
-        self.ends.append(self.end)
+        self.data.write(record)
+        self.ends.write(END.pack(self.end))
 
     def close(self) -> None:
-        """Writes the index."""
-        self.file.close()
-        np.save(self.index, np.asarray(self.ends, dtype=np.int64))
+        """Writes what is left."""
+        self.data.close()
+        self.ends.close()
 
 
 class StoredRows(Sequence[Row]):
@@ -80,7 +102,14 @@ class StoredRows(Sequence[Row]):
     def __getitem__(self, number: int | slice) -> Row | list[Row]:
         if isinstance(number, slice):
             return [self[index] for index in range(*number.indices(len(self)))]
-        path, line, row = json.loads(self.records[number])
+        return self._row(self.records[number])
+
+    def __iter__(self) -> Iterator[Row]:
+        """Yields every row, reading ahead."""
+        return map(self._row, self.records)
+
+    def _row(self, record: bytes) -> Row:
+        path, line, row = _decode(record.decode())
         return row if path is None else PlacedRow(row, self.paths[path], line)
 
 
@@ -98,7 +127,7 @@ class RowWriter:
         path, line = None, 0
         if isinstance(row, PlacedRow):
             path, line = self.paths.setdefault(row.path, len(self.paths)), row.line
-        self.records.add(json.dumps([path, line, row], ensure_ascii=False, default=str).encode())
+        self.records.add(_rows([path, line, row]).encode())
 
     def close(self) -> StoredRows:
         """Returns what was written."""
@@ -128,7 +157,7 @@ class StoredExamples(Sequence[Example]):
     def __getitem__(self, number: int | slice) -> Example | list[Example]:
         if isinstance(number, slice):
             return [self[index] for index in range(*number.indices(len(self)))]
-        found = json.loads(self.rest[number])
+        found = _decode(self.rest[number].decode())
         found |= {name: np.frombuffer(records[number], dtype=np.int32) for name, records in self.arrays.items()}
         return {name: found[name] for name in self.order}
 
@@ -151,11 +180,11 @@ def write_examples(examples: Iterable[Example], directory: Path) -> StoredExampl
         if list(example) != order:
             raise ValueError(f"an example has the columns {list(example)}, the first one {order}")
         for name, writer in arrays.items():
-            values = np.asarray(example[name])
-            if len(values) and not np.issubdtype(values.dtype, np.integer):
-                raise ValueError(f"column '{name}' of an example holds no whole numbers, that of the first one does")
-            writer.add(np.asarray(example[name], dtype=np.int32).tobytes())
-        rest.add(json.dumps({name: value for name, value in example.items() if name not in arrays}, default=_plain).encode())
+            try:
+                writer.add(array("i", example[name]).tobytes())
+            except TypeError:
+                raise ValueError(f"column '{name}' of an example holds no whole numbers, that of the first one does") from None
+        rest.add(_examples({name: value for name, value in example.items() if name not in arrays}).encode())
         lengths.append(len(example[LENGTHS]))
     for writer in (rest, *arrays.values()):
         writer.close()
@@ -167,6 +196,9 @@ def write_examples(examples: Iterable[Example], directory: Path) -> StoredExampl
 def _plain(value: Any) -> Any:
     """Returns a number or an array of NumPy as Python has it."""
     return value.tolist()
+
+
+_examples = json.JSONEncoder(default=_plain).encode
 
 
 def _whole_numbers(value: Any) -> bool:
