@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError, core_schema
 from engine.errors import UserError, did_you_mean
 from engine.inheritance import INHERITED, Inheritance, inherit
 from engine.recipe_yaml import AS_WRITTEN, RecipeLoader, key_lines
-from engine.zero import find_zero_config
+from engine.zero_files import find_zero_config
 
 
 class Strict(BaseModel):

@@ -1,8 +1,7 @@
-"""DeepSpeed JSON files: found, read and filled with what the recipe decides. Nothing here loads torch."""
+"""DeepSpeed JSON files: read and filled with what the recipe decides. Nothing here loads torch."""
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import mmap
 import os
@@ -17,7 +16,6 @@ from engine.zero_keys import OFFLOAD_OPTIMIZER, OFFLOAD_PARAM, TOP_LEVEL, ZERO_O
 if TYPE_CHECKING:
     from engine.train_config import TrainConfig, Trained
 
-SHIPPED = Path(str(importlib.resources.files("ds_configs")))
 NVME_VARIABLE = "BOTHWAYS_NVME_PATH"
 """Environment variable: the directory on a local disk that `"nvme_path": "auto"` stands for. It belongs to the machine, so the
 recipe does not name it; unset, the working directory of the stage is taken."""
@@ -46,23 +44,6 @@ class Host:
             return None
         local = os.environ.get(NVME_VARIABLE)
         return (Path(local, *self.scratch.parts[-2:]) if local else self.scratch) / "nvme"
-
-
-def zero_config_names() -> list[str]:
-    """Returns the names of the shipped ZeRO configurations."""
-    return sorted(path.stem for path in SHIPPED.glob("*.json"))
-
-
-def find_zero_config(name: str, base: Path) -> Path:
-    """Returns the DeepSpeed JSON of a name in ds_configs/ or of a path, which starts at `base` unless it is absolute.
-
-    Raises:
-        UserError: there is none.
-    """
-    for path in (SHIPPED / f"{name}.json", base / Path(name).expanduser()):
-        if path.is_file():
-            return path
-    raise UserError(f"parallel '{name}' is no file and no shipped ZeRO configuration{did_you_mean(name, zero_config_names())}")
 
 
 def zero_config_of(config: Trained, processes: int) -> str | None:

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+from engine.errors import UserError
 from engine.intervals import Interval
 from export import plots
-from export.report import Run, Score, bundle_identity, drop_of, judged, read_history, replay_recipe
+from export.report import Run, Score, bundle_identity, drop_of, judged, read_history, read_run, replay_recipe
 
+REPORT_FILE = "report.html"
 RAIL_ROW, RAIL_LANE = 70, 13
 """Pixels between two stages in the picture of the chain, and between two of its lines."""
 RUNTIMES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}
 Figures = list[dict[str, str]]
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Writes `report.html` into the run directory and returns its path.
+
+    Raises:
+        UserError: as `read_run`, or the page cannot be written.
+    """
+    run = read_run(Path(run_dir))
+    html = render(run)
+    target = run.directory / REPORT_FILE
+    part = target.with_suffix(".tmp")
+    try:
+        part.write_text(html, encoding="utf-8")
+        os.replace(part, target)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{target}: the report cannot be written: {error.strerror}") from None
+    return target
 
 
 def render(run: Run) -> str:

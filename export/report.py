@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import heapq
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,6 @@ from engine.errors import UserError
 from engine.intervals import Interval, accuracy_interval
 from engine.stage import STAGE_FILE, digest, read_stage, sha256
 
-REPORT_FILE = "report.html"
 PARTIAL = ".partial"
 COMPARISON = ("speedup_vs_torch_fp32", "speedup_vs_onnx_fp32")
 DROP = "_drop_points"
@@ -239,27 +237,6 @@ def replay_recipe(run: Run) -> str:
     stages = {record["stage"]: {record["kind"]: record["section"]} for record in records}
     recipe = {"name": records[0]["recipe"], "seed": records[-1]["seed"], "stages": stages}
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=110)
-
-
-def write_report(run_dir: Path | str) -> Path:
-    """Writes `report.html` into the run directory and returns its path.
-
-    Raises:
-        UserError: as `read_run`, or the page cannot be written.
-    """
-    from export.page import render
-
-    run = read_run(Path(run_dir))
-    html = render(run)
-    target = run.directory / REPORT_FILE
-    part = target.with_suffix(".tmp")
-    try:
-        part.write_text(html, encoding="utf-8")
-        os.replace(part, target)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{target}: the report cannot be written: {error.strerror}") from None
-    return target
 
 
 def bundle_identity(run: Run) -> dict[str, str] | None:

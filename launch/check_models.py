@@ -12,6 +12,7 @@ from engine.models.facts import SENTENCEPIECE, TOKENIZERS, ModelFiles, class_nam
 from engine.models.weights import refuse_pointer
 from engine.objectives import Objective, objective_class
 from engine.stage import Stage, read_stage
+from engine.tasks import task_class
 
 GENERIC = (None, "TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes of tokenizers that know no special tokens but those that their files name."""
@@ -51,10 +52,11 @@ def _check_model(files: ModelFiles, stage: Stage[Any], key: str, reference: Mode
         return []
     architectures = files.config.get("architectures") or []
     trained = TRAINED.get(stage.kind) == key
-    if class_names(files.config) is None and stage.kind != "finetune":
-        raise UserError(
-            f"{files.directory}: no classifier (its architecture is {', '.join(architectures) or 'unknown'}): fine-tune it first"
-        )
+    if stage.kind != "finetune":
+        task = task_class(stage.config.task)
+        if not any(task.head.removeprefix("AutoModel") in str(name) for name in architectures):
+            known = ", ".join(map(str, architectures)) or "unknown"
+            raise UserError(f"{files.directory}: not {task.says} (its architecture is {known}): fine-tune it first")
     if getattr(stage.config, "initialize", "pretrained") == "pretrained":
         _check_weights(files, trained)
     _check_vocabulary(files)

@@ -306,7 +306,8 @@ def verify(
 @app.command(epilog="Examples: `bothways report runs/demo` · `bothways report runs/demo --json`")
 def report(run: RunPath, as_json: Json = False) -> None:
     """Draw what each stage made of the model: one offline HTML page, or JSON."""
-    from export.report import report_json, write_report
+    from export.page import write_report
+    from export.report import report_json
 
     if as_json:
         print(json.dumps(report_json(run), indent=1))

@@ -221,7 +221,7 @@ def _report(recipe: Recipe, stages: list[Stage[Any]], anew: bool, console: Conso
     """Writes the report once an export stage has finished, and says where it lies."""
     if not any(stage.kind == "export" and read_stage(stage.directory) for stage in stages):
         return
-    from export.report import write_report
+    from export.page import write_report
 
     directory = recipe.runs / recipe.name
     path = directory / "report.html"

@@ -29,19 +29,19 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "pretrain": Kind("engine.pretrain", PretrainConfig, True, "a masked language model"),
-    "finetune": Kind("engine.finetune", FinetuneConfig, True, "a classifier"),
-    "distill": Kind("export.compress.distill", DistillConfig, True, "a classifier"),
-    "prune": Kind("export.compress.prune", PruneConfig, False, "a classifier"),
+    "pretrain": Kind("engine.pretrain", PretrainConfig, True, "a pretrained model"),
+    "finetune": Kind("engine.finetune", FinetuneConfig, True, "a fine-tuned model"),
+    "distill": Kind("export.compress.distill", DistillConfig, True, "a fine-tuned model"),
+    "prune": Kind("export.compress.prune", PruneConfig, False, "a fine-tuned model"),
     "quantize": Kind("export.compress.quantize", QuantizeConfig, False, "an int8 graph"),
     "export": Kind("export.export", ExportConfig, False, "a bundle"),
 }
 TAKES = {
-    ("finetune", "model"): ("a classifier", "a masked language model"),
-    ("pretrain", "tokenizer.model"): ("a classifier", "a masked language model"),
-    ("export", "model"): ("a classifier", "an int8 graph"),
+    ("finetune", "model"): ("a fine-tuned model", "a pretrained model"),
+    ("pretrain", "tokenizer.model"): ("a fine-tuned model", "a pretrained model"),
+    ("export", "model"): ("a fine-tuned model", "an int8 graph"),
 }
-"""What a key that names a stage can use; the others take a classifier."""
+"""What a key that names a stage can use; the others take a fine-tuned model."""
 
 
 def load_stages(recipe: Recipe) -> list[Stage[Any]]:
@@ -67,5 +67,10 @@ def load_stages(recipe: Recipe) -> list[Stage[Any]]:
 def _problem(stage: Stage[Any], key: str, source: Stage[Any] | None, reference: str) -> str | None:
     if source is None:
         return "a stage cannot read itself" if reference == stage.name else f"stage '{reference}' comes later: move it up"
-    gives, takes = KINDS[source.kind].gives, TAKES.get((stage.kind, key), ("a classifier",))
-    return None if gives in takes else f"stage '{reference}' ({source.kind}) gives {gives}; {' or '.join(takes)} is needed"
+    gives, takes = KINDS[source.kind].gives, TAKES.get((stage.kind, key), ("a fine-tuned model",))
+    if gives not in takes:
+        return f"stage '{reference}' ({source.kind}) gives {gives}; {' or '.join(takes)} is needed"
+    theirs, ours = (getattr(each.config, "task", None) for each in (source, stage))
+    if theirs is not None and ours is not None and theirs.type != ours.type and stage.kind != "finetune":
+        return f"stage '{reference}' does the task '{theirs.type}', not '{ours.type}'"
+    return None

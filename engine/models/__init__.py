@@ -14,14 +14,11 @@ from pydantic import Field, model_validator
 from engine.config import Strict
 from engine.errors import UserError
 from engine.models.facts import ModelFiles
-from engine.models.families import NEW, family_for_packing, family_of
+from engine.models.families import NEW, STRUCTURE_KEY, family_for_packing, family_of
 from engine.models.weights import read_headers, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-STRUCTURE_KEY = "bothways_structure"
-"""config.json key of a physically smaller model: kept heads and FFN neurons per layer."""
 
 
 class ScratchConfig(Strict):

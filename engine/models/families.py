@@ -13,6 +13,9 @@ from engine.errors import UserError
 NEW = "bert"
 """The family of models that are built from scratch, unless the recipe names another one."""
 
+STRUCTURE_KEY = "bothways_structure"
+"""config.json key of a physically smaller model: kept heads and FFN neurons per layer."""
+
 
 @dataclass(frozen=True)
 class Family:

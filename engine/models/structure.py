@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import prune_linear_layer
 
-from engine.models import STRUCTURE_KEY
-from engine.models.families import Family, family_with_layers
+from engine.models.families import STRUCTURE_KEY, Family, family_with_layers
 
 
 class EncoderLayer:

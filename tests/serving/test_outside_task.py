@@ -77,7 +77,8 @@ def test_it_learns_by_its_own_metric_and_every_stage_is_judged_by_it(run):
 
 
 def test_the_bundle_answers_verifies_and_is_reported(run):
-    from export.report import report_json, write_report
+    from export.page import write_report
+    from export.report import report_json
     from export.serving.bundle import Bundle, verify_bundle
 
     verify_bundle(run / "engine")

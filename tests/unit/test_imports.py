@@ -89,6 +89,25 @@ def test_no_module_but_the_family_table_names_an_architecture():
     assert {path: found for path, found in named.items() if found} == {}
 
 
+def test_imports_go_round_in_no_circle():
+    """Those inside of functions and for types count too: a circle of files is one file that is hard to read."""
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in product_files()}
+    reads = {}
+    for name, path in files.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= (inner & files.keys()) | ({node.module} if inner - files.keys() else set())
+        reads[name] = found & files.keys() - {name}
+    while free := [name for name, found in reads.items() if not found & reads.keys()]:
+        for name in free:
+            del reads[name]
+    assert reads.keys() == set(), "these are in a circle or read one that is"
+
+
 def test_the_answering_halves_import_numpy_tokenizers_and_each_other_only():
     """A Triton repository gets a copy of them, and nothing else of ours."""
     allowed = {*sys.stdlib_module_names, "numpy", "tokenizers"}

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from engine.config import load_recipe
 from engine.data.batches import accumulation_steps, most_processes
 from engine.errors import UserError
-from engine.zero import find_zero_config, read_zero_config, zero_config_names
+from engine.zero import read_zero_config
+from engine.zero_files import find_zero_config, zero_config_names
 from launch import local, machine
 from launch.check import FIRST_LINES, check_recipe
 from launch.nodes.place import Place, Supervision
@@ -66,9 +67,9 @@ def test_stages_know_what_they_read(tmp_path):
     [
         ("teacher.model=teacher", "a stage cannot read itself"),
         ("teacher.model=student", "stage 'student' comes later: move it up"),
-        ("student.teacher=base", "stage 'base' (pretrain) gives a masked language model; a classifier is needed"),
-        ("student.student.model=base", "stage 'base' (pretrain) gives a masked language model"),
-        ("engine.baseline=int8", "stage 'int8' (quantize) gives an int8 graph; a classifier is needed"),
+        ("student.teacher=base", "stage 'base' (pretrain) gives a pretrained model; a fine-tuned model is needed"),
+        ("student.student.model=base", "stage 'base' (pretrain) gives a pretrained model"),
+        ("engine.baseline=int8", "stage 'int8' (quantize) gives an int8 graph; a fine-tuned model is needed"),
         ("student.teacher=techer", "model 'techer' is no stage of this recipe, no directory and no hub id (owner/name)"),
         ("student.teacher=model", None),
         ("teacher.model=some-owner/some-model", None),
@@ -132,7 +133,7 @@ def test_a_body_without_classifier_is_no_teacher(tmp_path):
     path = write_recipe(tmp_path, {"student": {"distill": distill_section("model")}})
     config = json.loads((tmp_path / "model/config.json").read_text())
     (tmp_path / "model/config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
-    with pytest.raises(UserError, match=r"no classifier \(its architecture is BertModel\): fine-tune it first"):
+    with pytest.raises(UserError, match=r"not a classifier \(its architecture is BertModel\): fine-tune it first"):
         check(path)
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from engine.errors import UserError
-from engine.models import STRUCTURE_KEY, load_model, size_of
+from engine.models import load_model, size_of
+from engine.models.families import STRUCTURE_KEY
 from engine.models.structure import encoder_layers, keep_layers, shrink
 from export.compress.prune import PruneConfig, importance, strongest
 from tests.recipes import finetune_section, ragged_rows, run_here, write_model, write_recipe

@@ -7,8 +7,9 @@ import pytest
 from engine.config import load_recipe
 from engine.distributed import require_processes
 from engine.errors import UserError
-from engine.zero import NVME_VARIABLE, SHIPPED, Host, find_zero_config, prepare_nvme, read_zero_config, zero_config_names
+from engine.zero import NVME_VARIABLE, Host, prepare_nvme, read_zero_config
 from engine.zero import zero_config_of as name_of
+from engine.zero_files import SHIPPED, find_zero_config, zero_config_names
 from launch import local
 from launch.recipe import load_stages
 from tests.recipes import write_recipe
