@@ -251,7 +251,7 @@ def predict(
     engine: Engine = None,
     threads: Threads = None,
 ) -> None:
-    """Classify texts with a bundle."""
+    """Answer texts with a bundle."""
     from export.serving.bundle import Bundle
     from launch.predict import find_bundle
     from launch.predict import predict as predict_rows
