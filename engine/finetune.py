@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,10 +18,12 @@ from engine.tasks import AnyTask
 from engine.train_config import Trained
 
 if TYPE_CHECKING:
+    from engine.answers import Row
     from engine.checkpoint import TrainState
     from engine.data.rows import Prepared
     from engine.distributed import Processes
     from engine.loop import Judge
+    from engine.tasks import Facts
 
 
 class FinetuneConfig(Trained):
@@ -53,21 +55,28 @@ def run(stage: Stage[FinetuneConfig]) -> None:
     from engine.data.rows import LabelledBatches, prepare_on_disk
     from engine.distributed import Processes
     from engine.loop import Fit
-    from engine.models import check_length, load_model, load_tokenizer, read_config, set_dropout
+    from engine.models import check_length, load_tokenizer, read_config, set_dropout
+    from engine.models.fitting import load_fitting
     from engine.randomness import torch_seed
-    from engine.tasks import task_class
+    from engine.tasks import own_classes, task_class
 
     started = time.monotonic()
-    check_length(config.max_length, read_config(path), "max_length", path)
+    about, random = read_config(path), config.initialize == "random"
+    check_length(config.max_length, about, "max_length", path)
     tokenizer = load_tokenizer(path)
     processes = Processes(config, stage.recipe, stage.partial)
     if processes.main:
         stage.begin()
-    learn = functools.partial(task_class(config.task).learn, config.task)
+    kind, own = task_class(config.task), None if random else own_classes(config.task, about)
+
+    def learn(rows: Sequence[Row]) -> Facts:
+        facts = kind.learn(config.task, rows)
+        return kind.in_order(facts, own) if own else facts
+
     data = prepare_on_disk(config, stage.recipe, stage.partial / "rows", processes, tokenizer, learn)
     task = data.task
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
-    model = load_model(path, task.head, settings=task.settings(), random=config.initialize == "random")
+    model, changes = load_fitting(path, task, random=random)
     if config.train.dropout is not None:
         set_dropout(model, config.train.dropout)
     batches = LabelledBatches(data.examples["train"], task, config.train.batch_size, stage.seed)
@@ -76,8 +85,9 @@ def run(stage: Stage[FinetuneConfig]) -> None:
     fit = Fit(processes, model, task.loss, batches, judge, save, stage.partial, stage.name, stage.seed)
     for note in [f"{processes.describe}; {data.describe}", *data.notes]:
         fit.tracker.say(note)
+    say_changes(fit.tracker.say, config.model, changes)
     state = fit.run()
-    hand_over(stage, processes, data, state, fit.weights, started)
+    hand_over(stage, processes, data, state, fit.weights, started, changes)
     processes.close()
 
 
@@ -100,7 +110,21 @@ def saver(model: Any, tokenizer: Any) -> Any:
     return save
 
 
-def hand_over(stage: Stage[Any], processes: Processes, data: Prepared, state: TrainState, weights: Path, started: float) -> None:
+def say_changes(say: Callable[[str], None], model: str, changes: list[str]) -> None:
+    """Says what was changed in a model that did not fit as it was."""
+    for change in changes:
+        say(f"model '{model}': {change}")
+
+
+def hand_over(
+    stage: Stage[Any],
+    processes: Processes,
+    data: Prepared,
+    state: TrainState,
+    weights: Path,
+    started: float,
+    changes: list[str],
+) -> None:
     """Re-opens the saved weights, proves that they give the logits of the run, judges them on every split, publishes.
 
     Raises:
@@ -127,6 +151,7 @@ def hand_over(stage: Stage[Any], processes: Processes, data: Prepared, state: Tr
             stopped=state.stop,
             processes=processes.describe,
             truncated_rows=data.task.truncated,
+            model_changes=changes,
         )
     processes.barrier()
 

@@ -39,6 +39,8 @@ class Candidate:
     precision: str
     run: Callable[[Any], Any]
     """Takes one of the inputs of `measure`."""
+    inputs: Sequence[Any] | None = None
+    """Its own form of those inputs, one for each, where another tokenizer reads the same texts."""
 
 
 def measure(candidates: list[Candidate], inputs: Sequence[Any], rounds: int) -> dict[str, np.ndarray]:
@@ -54,9 +56,10 @@ def measure(candidates: list[Candidate], inputs: Sequence[Any], rounds: int) -> 
     times: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
     size = min(INPUTS_PER_ROUND, len(inputs))
     for turn in range(rounds):
-        chosen = [inputs[(turn * size + offset) % len(inputs)] for offset in range(size)]
+        places = [(turn * size + offset) % len(inputs) for offset in range(size)]
         shift = turn % len(candidates)
         for candidate in candidates[shift:] + candidates[:shift]:
+            chosen = [(candidate.inputs or inputs)[place] for place in places]
             warm = time.perf_counter() + WARM_UP_SECONDS
             while time.perf_counter() < warm:
                 candidate.run(chosen[0])
@@ -90,21 +93,21 @@ def replay(run: Run) -> Callable[[Calls], None]:
     return make
 
 
-def torch_candidate(stage: str, directory: Path, task: Task, threads: int) -> Candidate:
+def torch_candidate(stage: str, directory: Path, task: Task, threads: int, inputs: Sequence[Any] | None = None) -> Candidate:
     """Returns a model in PyTorch fp32, eager mode, with the attention that is faster on this hardware."""
     import torch
 
     from engine.evaluate import torch_run
-    from engine.models import load_model
+    from engine.models.fitting import load_finished
 
     torch.set_num_threads(threads)
-    run = replay(torch_run(load_model(directory, task.head).eval(), task))
+    run = replay(torch_run(load_finished(directory, task).eval(), task))
 
     def without_gradients(calls: Calls) -> None:
         with torch.inference_mode():
             run(calls)
 
-    return Candidate(f"{stage}/torch-fp32", stage, "torch", "fp32", without_gradients)
+    return Candidate(f"{stage}/torch-fp32", stage, "torch", "fp32", without_gradients, inputs)
 
 
 def benchmark_bundle(path: Path, threads: int = 2, rounds: int = 20) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def find_source(stage: Stage[ExportConfig], path: Path | str, task: Task) -> Sou
     """Returns the int8 graphs of a `quantize` stage, or the graphs of a float model."""
     import onnx
 
-    from engine.models import load_model
+    from engine.models.fitting import load_finished
     from export.compress.quantize import graph_file
     from export.engines.graph import export_graphs, merge_projections
 
@@ -84,7 +84,7 @@ def find_source(stage: Stage[ExportConfig], path: Path | str, task: Task) -> Sou
         reference = beside if beside.is_dir() else stage.recipe.find_model(before)
         graphs = {name: onnx.load(path / graph_file(name)) for name in task.graphs}
         return Source(graphs, "int8", reference, record["section"].get("weights", "8bit"))
-    graphs = export_graphs(load_model(path, task.head, attention="eager"), task)
+    graphs = export_graphs(load_finished(path, task, "eager"), task)
     for graph in graphs.values():
         merge_projections(graph)
     return Source(graphs, "fp32", path)
@@ -124,10 +124,16 @@ def build_engines(config: ExportConfig, source: Source, lengths: np.ndarray, dir
     return engines
 
 
-def candidates_of(stage: Stage[ExportConfig], path: Path | str, engine: Candidate, task: Task) -> list[Candidate]:
-    """Returns the engine, the baseline in PyTorch and ONNX Runtime, and the float stages on the way in ONNX Runtime."""
-    from engine.models import load_model
-    from export.benchmark import Candidate, replay, torch_candidate
+def candidates_of(
+    stage: Stage[ExportConfig], path: Path | str, engine: Candidate, task: Task, rows: Sequence[Row]
+) -> list[Candidate]:
+    """Returns the engine, the baseline in PyTorch and ONNX Runtime, and the float stages on the way in ONNX Runtime.
+
+    A model with another tokenizer than the engine reads the same rows with its own.
+    """
+    from engine.models.fitting import load_finished
+    from engine.tasks import with_tokenizer_of
+    from export.benchmark import Candidate, calls_of, replay, torch_candidate
     from export.engines.graph import export_graphs
     from export.engines.ort import OrtEngine
     from export.engines.parity import run_of
@@ -135,15 +141,17 @@ def candidates_of(stage: Stage[ExportConfig], path: Path | str, engine: Candidat
     config = stage.config
     records = lineage(path) if isinstance(path, Path) else {}
     directories = {r["stage"]: d for d, r in records.items() if r["kind"] in ("finetune", "distill", "prune")}
-    found = [engine]
     if config.baseline is not None:
-        baseline = Path(stage.recipe.find_model(config.baseline))
-        found.append(torch_candidate(config.baseline, baseline, task, config.threads))
-        directories = {str(config.baseline): baseline, **directories}
+        directories = {str(config.baseline): Path(stage.recipe.find_model(config.baseline)), **directories}
+    found = [engine]
     for name, directory in directories.items():
-        graphs = export_graphs(load_model(directory, task.head, attention="eager"), task)
+        own = with_tokenizer_of(task, directory)
+        graphs = export_graphs(load_finished(directory, own, "eager"), own)
         run = run_of({graph: OrtEngine(model.SerializeToString(), config.threads) for graph, model in graphs.items()})
-        found.append(Candidate(f"{name}/onnx-fp32", name, "onnxruntime", "fp32", replay(run)))
+        inputs = None if own is task else [calls_of(own.answers, run, row) for row in rows]
+        if name == config.baseline:
+            found.insert(1, torch_candidate(name, directory, own, config.threads, inputs))
+        found.append(Candidate(f"{name}/onnx-fp32", name, "onnxruntime", "fp32", replay(run), inputs))
     return found
 
 
@@ -191,11 +199,14 @@ def compare(
     """
     from engine.evaluate import evaluate
     from engine.intervals import paired_bootstrap_drop
-    from engine.models import load_model, size_of
+    from engine.models import size_of
+    from engine.models.fitting import load_finished
+    from engine.tasks import task_of_model
 
     judge, metric = task.answers, task.answers.metric
-    model = load_model(baseline, task.head)
-    metrics, before = evaluate(model, task, rows)
+    own = task_of_model(config.task, baseline, config.max_length)  # it may read otherwise, and order its classes otherwise
+    model = load_finished(baseline, own)
+    metrics, before = evaluate(model, own, rows)
     if metric.counted:
         drop: dict[str, float] = paired_bootstrap_drop(judge.right(before, rows), judge.right(answers, rows))._asdict()
     else:
@@ -226,7 +237,8 @@ def run(stage: Stage[ExportConfig]) -> None:
 
     from engine.data.rows import prepare_for_model
     from engine.evaluate import evaluating, torch_run
-    from engine.models import load_model, size_of
+    from engine.models import size_of
+    from engine.models.fitting import load_finished
     from export.benchmark import Candidate, calls_of, replay
     from export.engines.graph import weight_bytes
     from export.engines.ort import OrtEngine
@@ -245,7 +257,7 @@ def run(stage: Stage[ExportConfig]) -> None:
     engines = build_engines(config, source, np.asarray([len(e["input_ids"]) for e in data.examples["train"]]), work)
     wide = source.weights == "8bit"
     engine = run_of({name: OrtEngine(files["onnxruntime"], config.threads, wide=wide) for name, files in engines.items()})
-    reference = load_model(source.reference, task.head, attention="eager")
+    reference = load_finished(source.reference, task, "eager")
     with evaluating(reference):
         parity = check_parity(
             engine, answers, rows, observe(torch_run(reference, task), answers, rows), config.gates, config.max_length
@@ -254,7 +266,7 @@ def run(stage: Stage[ExportConfig]) -> None:
 
     inputs = [calls_of(answers, engine, row) for row in rows[:LATENCY_INPUTS]]
     candidate = Candidate(f"{stage.name}/engine", stage.name, "onnxruntime", source.precision, replay(engine))
-    benchmark, comparison = run_benchmark(stage, candidates_of(stage, path, candidate, task), inputs)
+    benchmark, comparison = run_benchmark(stage, candidates_of(stage, path, candidate, task, rows[:LATENCY_INPUTS]), inputs)
     size = sum(weight_bytes(graph) for graph in source.graphs.values())
     if config.baseline is not None:
         baseline = Path(stage.recipe.find_model(config.baseline))

@@ -13,8 +13,11 @@ from engine.data.sources import SourceConfig, SourceRows
 from engine.errors import UserError
 from engine.models import positions_of
 from engine.models.facts import ModelFiles
+from engine.pretrain import PretrainConfig
 from engine.stage import Stage
+from engine.tasks import task_class
 from engine.zero import read_zero_config, zero_config_of
+from export.compress.distill import OTHER_TOKENS
 from launch.check_models import check_models
 from launch.local import fewer_processes, process_count
 from launch.nodes.place import Place
@@ -42,22 +45,39 @@ def check_recipe(
         UserError: the first thing that would stop a stage.
     """
     said: dict[str, str] = {}
-    looked_at: set[str] = set()
+    looked_at: dict[str, set[str]] = {}
     told: set[str] = set()
+
+    def tell(note: str) -> None:
+        if note not in told:
+            told.add(note)
+            say(note)
+
     for stage in stages:
-        notes = check_models(stage)
-        for source, columns in _sources(stage.config):
-            question = repr((source, columns))
-            if question not in looked_at:
-                looked_at.add(question)
-                for note in _check_rows(stage, source, columns):
-                    if note not in told:
-                        told.add(note)
-                        say(note)
+        for key, reference in references(stage.config):
+            recipe.find(reference, f"stages.{stage.name}.{stage.kind}.{key}")
+        notes = check_models(stage, _check_data(stage, looked_at, tell))
         _check_length(recipe, stage)
+        _check_tokens(recipe, stage)
         does = _training(stage, place) if KINDS[stage.kind].trains else f"reads {', '.join(_read(stage))}"
         said[stage.name] = "; ".join([does, *notes])
     return said
+
+
+def _check_data(stage: Stage[Any], looked_at: dict[str, set[str]], tell: Callable[[str], None]) -> set[str]:
+    """Reads the first rows of every source; returns the names of the classes that they are labelled with.
+
+    Args:
+        looked_at: what is known already, by question.
+        tell: is told how every data file is laid out.
+    """
+    found: set[str] = set()
+    for source, columns in _sources(stage.config):
+        question = repr((source, columns, getattr(stage.config, "task", None)))
+        if question not in looked_at:
+            looked_at[question] = _check_rows(stage, source, columns, tell)
+        found |= looked_at[question]
+    return found
 
 
 def _sources(config: Any) -> list[tuple[SourceConfig, dict[str, Cell]]]:
@@ -69,15 +89,19 @@ def _sources(config: Any) -> list[tuple[SourceConfig, dict[str, Cell]]]:
     return [(part, columns) for part, columns in sources if isinstance(part, SourceConfig)]
 
 
-def _check_rows(stage: Stage[Any], source: SourceConfig, columns: dict[str, Cell]) -> list[str]:
-    """Reads the first rows of a source; returns what is to be said about its files."""
+def _check_rows(stage: Stage[Any], source: SourceConfig, columns: dict[str, Cell], tell: Callable[[str], None]) -> set[str]:
+    """Reads the first rows of a source; returns the names of their classes."""
     rows = SourceRows(source, stage.recipe, columns, FIRST_LINES)
     rows.lines = max(FEWEST_LINES, FIRST_LINES // len(rows.layouts))
     found = list(rows)
+    for note in rows.describe:
+        tell(note)
     task = getattr(stage.config, "task", None)
-    if task is not None and source is stage.config.data.train:
+    if task is None or source is getattr(stage.config, "transfer", None):
+        return set()
+    if source is stage.config.data.train:
         task.check_rows(found, rows.complete)
-    return rows.describe
+    return {str(name) for row in found if (name := task.class_of(row)) is not None}
 
 
 def _check_length(recipe: Recipe, stage: Stage[Any]) -> None:
@@ -94,14 +118,33 @@ def _check_length(recipe: Recipe, stage: Stage[Any]) -> None:
 
 def _positions(recipe: Recipe, reference: ModelRef) -> int | None:
     """Returns how many tokens a model takes, through the stages that lead to it; None when that is not known yet."""
+    origin = _origin(recipe, reference)
+    if isinstance(origin, Path):
+        return positions_of(ModelFiles(origin).config)
+    return origin.model.positions if isinstance(origin, PretrainConfig) else None
+
+
+def _check_tokens(recipe: Recipe, stage: Stage[Any]) -> None:
+    """Layers are matched token by token: teacher and student must then read alike."""
+    student = stage.config.student.model if stage.kind == "distill" else None
+    if student is None or not (stage.config.hidden or stage.config.attention or task_class(stage.config.task).aligned):
+        return
+    origins = [_origin(recipe, reference) for reference in (stage.config.teacher, student)]
+    tokens = [ModelFiles(origin).tokens for origin in origins if isinstance(origin, Path)]
+    if len(tokens) == 2 and None not in tokens and tokens[0] != tokens[1]:
+        where = f"stages.{stage.name}.{stage.kind}.student.model"
+        raise recipe.error(where, f"{where}: {OTHER_TOKENS}")
+
+
+def _origin(recipe: Recipe, reference: ModelRef) -> Path | PretrainConfig | str:
+    """Returns where a model comes from, through the stages that lead to it: a directory, a pretraining or a hub id."""
     if reference not in recipe.stages:
-        path = recipe.find_model(reference)
-        return positions_of(ModelFiles(path).config) if isinstance(path, Path) else None
+        return recipe.find_model(reference)
     kind = recipe.stages[reference][0]
     config: Any = recipe.section(reference, KINDS[kind].config)
     if kind == "pretrain":
-        return config.model.positions
-    return _positions(recipe, (config.student.model or config.teacher) if kind == "distill" else config.model)
+        return config
+    return _origin(recipe, (config.student.model or config.teacher) if kind == "distill" else config.model)
 
 
 def _training(stage: Stage[Any], place: Place | None) -> str:

@@ -15,11 +15,15 @@ from tests.unit.models import WORDS, tiny_classifier, tiny_tokenizer
 
 
 def write_model(directory: Path, **shape) -> Path:
-    """A model directory with random weights, large enough to learn from in a few steps: two labels, two layers, 64 positions."""
+    """A model directory with random weights, large enough to learn from in a few steps: two layers, 64 positions.
+
+    It is a classifier of the labels of `ragged_rows`.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tiny_classifier(**{"initializer_range": 0.2, **shape}).save_pretrained(directory)
+    named = {"id2label": {0: "0", 1: "1"}, "label2id": {"0": 0, "1": 1}}
+    tiny_classifier(**{"initializer_range": 0.2, **named, **shape}).save_pretrained(directory)
     tiny_tokenizer(directory).save_pretrained(directory)
     return directory
 

@@ -112,7 +112,8 @@ def load_model(
         model: directory or hub id.
         head: what the model is for: the class of transformers, as in AutoModelForSequenceClassification.
         attention: transformers' attention implementation; None chooses by hardware.
-        settings: entries of the configuration that replace the model's own, as the size of its head.
+        settings: entries of the configuration that replace the model's own, as the size of its head. None: the model is used as
+            it is, and must have every weight.
         random: take only the shape and initialise every weight at random.
 
     Raises:
@@ -140,10 +141,39 @@ def load_model(
             if not random:
                 _load_weights(built, Path(model))
             return built
-        return auto.from_pretrained(model, config=config, attn_implementation=attention, use_safetensors=True)
+        # Tensors of another shape are named by `_require_fitting`, not by a report that nobody sees.
+        built, loading = auto.from_pretrained(
+            model,
+            config=config,
+            attn_implementation=attention,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+        _require_fitting(built, model, loading, whole=settings is None)
+        return built
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model '{model}' cannot be loaded: {reason}") from None
+
+
+def _require_fitting(built: PreTrainedModel, model: Path | str, loading: dict[str, Any], whole: bool) -> None:
+    """Raises UserError when weights of another shape, or too few of them, were loaded: what is missing was drawn at random.
+
+    Args:
+        loading: transformers' account of the loading.
+        whole: the head must be there, too; a pooler may always be missing from the body, which was then trained without.
+    """
+    for name, there, here in sorted(loading["mismatched_keys"]):
+        shapes = f"{tuple(there)} in the weights, {tuple(here)} by config.json"
+        raise UserError(f"model '{model}': {name} has the shape {shapes}: they are not of one model")
+    body = f"{built.base_model_prefix}."
+    missing = sorted(key for key in loading["missing_keys"] if whole or (key.startswith(body) and "pooler" not in key))
+    if missing:
+        of = f"{len(missing)} of {len(built.state_dict())} weights are missing"
+        raise UserError(
+            f"model '{model}': {of} ({', '.join(missing[:2])}, …): its files are not those of a {type(built).__name__}"
+        )
 
 
 def _load_weights(model: PreTrainedModel, directory: Path) -> None:
@@ -161,10 +191,15 @@ def _load_weights(model: PreTrainedModel, directory: Path) -> None:
 def load_tokenizer(model: Path | str) -> PreTrainedTokenizerBase:
     """Loads the fast tokenizer of a model directory or hub id, without the truncation and padding that its file may switch on.
 
+    One without a padding token gets one.
+
     Raises:
         UserError: there is none.
     """
     from transformers import AutoTokenizer
+
+    if isinstance(model, Path):
+        ModelFiles(model).require_tokenizer()
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
@@ -177,12 +212,22 @@ def load_tokenizer(model: Path | str) -> PreTrainedTokenizerBase:
     # Whoever needs a length asks for it: MiniLM's file cuts every text at 128 tokens and fills it up to them.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = _padding(tokenizer, model)
     return tokenizer
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase, model: Path | str) -> str:
+    """Returns a token to pad with: padding is never attended, so any will do."""
+    chosen = tokenizer.eos_token or tokenizer.sep_token or tokenizer.unk_token
+    if chosen is None:
+        raise UserError(f"{model}: its tokenizer has no padding token and no end-of-text token: name one (pad_token)")
+    return chosen
 
 
 def positions_of(config: dict[str, Any]) -> int | None:
     """Returns how many tokens a model takes, from its config.json; None when nothing bounds them."""
-    positions = config.get("max_position_embeddings")
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
     if positions and family_of(config.get("model_type")).positions_after_padding:
         # Their positions are counted from behind the id of the padding token, which is 1 unless the file says otherwise.
         return positions - config.get("pad_token_id", 1) - 1

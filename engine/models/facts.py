@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,15 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
-def class_names(config: dict[str, Any]) -> list[str] | None:
-    """Returns the classes of a classifier in the order of its scores, from its configuration; None when it is no classifier.
+def class_names(config: dict[str, Any], head: str) -> list[str] | None:
+    """Returns the classes of a model in the order of its scores, from its configuration; None when its head is another one.
 
     `LABEL_0`, `LABEL_1`, … are returned as they stand; see `named`.
+
+    Args:
+        head: how the names of the architectures with that head end, as in ForSequenceClassification.
     """
-    if not any("ForSequenceClassification" in str(name) for name in config.get("architectures") or []):
+    if not any(str(name).endswith(head) for name in config.get("architectures") or []):
         return None
     names = config.get("id2label")
     if not isinstance(names, dict) or not names:  # what transformers leaves out of the file
@@ -48,9 +53,25 @@ def class_names(config: dict[str, Any]) -> list[str] | None:
     return [str(names[key]) for key in sorted(names, key=int)]
 
 
-def named(classes: list[str]) -> bool:
+def named(classes: Sequence[str]) -> bool:
     """Says whether classes have names: `LABEL_0`, … is what transformers writes where nobody gave any."""
     return not all(_UNNAMED.fullmatch(name) for name in classes)
+
+
+def names_hint(own: Sequence[str], labels: Sequence[str]) -> str:
+    """Returns how a recipe says which class of a model is which, as in `task.names: {LABEL_0: no, LABEL_1: yes}`."""
+    pairs = ", ".join(f"{name}: {label}" for name, label in zip(own[:3], [*labels, *["…"] * len(own)], strict=False))
+    return f"task.names: {{{pairs}{', …' if len(own) > 3 else ''}}}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns names for a message, the first of many."""
+    return ", ".join(names[:6]) + (f", … ({len(names)})" if len(names) > 6 else "")
+
+
+def token_rules(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """Returns what decides which ids a text gets, of the content of a tokenizer.json."""
+    return {key: value for key, value in tokenizer.items() if key not in ("version", "truncation", "padding")}
 
 
 class ModelFiles:
@@ -76,6 +97,26 @@ class ModelFiles:
     def tensors(self) -> dict[str, TensorHeader]:
         """Name, dtype and shape of every weight."""
         return read_headers(self.directory)
+
+    def require_tokenizer(self) -> None:
+        """Raises UserError unless a fast tokenizer can be read from the directory, as it is or by the package sentencepiece."""
+        for name in (*TOKENIZERS, *SENTENCEPIECE):
+            path = self.directory / name
+            refuse_pointer(path)
+            if path.is_file():
+                if name in SENTENCEPIECE and importlib.util.find_spec("sentencepiece") is None:
+                    raise UserError(f"{path}: no tokenizer.json, which is made from it: pip install sentencepiece")
+                return
+        raise UserError(f"{self.directory}: no tokenizer in it (tokenizer.json)")
+
+    @functools.cached_property
+    def tokens(self) -> Any:
+        """What decides which ids a text gets: equal for tokenizers that read alike; None when its files do not tell."""
+        rules = read_json(self.directory / "tokenizer.json")
+        if isinstance(rules, dict):
+            return token_rules(rules)
+        words = self.directory / "vocab.txt"
+        return words.read_text(encoding="utf-8") if words.is_file() else None
 
     @functools.cached_property
     def vocabulary(self) -> int | None:

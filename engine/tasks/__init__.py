@@ -10,6 +10,7 @@ Shapes: N rows, B rows of a batch.
 from __future__ import annotations
 
 import abc
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from engine.answers import MODEL, Row, answering
 from engine.config import Strict
 from engine.data.cells import Cell
 from engine.errors import UserError
+from engine.models.facts import class_names, token_rules
 from engine.registry import Registry
 
 if TYPE_CHECKING:
@@ -76,6 +78,10 @@ class TaskConfig(Strict):
             UserError: rows that are meant for another task.
         """
 
+    def class_name(self, name: str) -> str:
+        """Returns what the task calls a class of a model that comes with names of its own."""
+        return name
+
     def unlabelled(self, text: str) -> Row:
         """Returns a row that holds a text alone, for a teacher to label.
 
@@ -99,6 +105,8 @@ class Task(abc.ABC):
     """The class of transformers that makes the model, as in AutoModelForSequenceClassification."""
     says: ClassVar[str]
     """What a fine-tuned model of the task is, as in "a classifier"."""
+    aligned: ClassVar[bool] = False
+    """Its outputs stand for tokens: a student must then read with its teacher's tokenizer."""
 
     def __init__(self, config: Any, facts: Facts, tokenizer: Any, max_length: int) -> None:
         self.config, self.facts, self.tokenizer, self.max_length = config, facts, tokenizer, max_length
@@ -113,6 +121,17 @@ class Task(abc.ABC):
         Raises:
             UserError: nothing can be learnt from them.
         """
+
+    @classmethod
+    def in_order(cls, facts: Facts, own: list[str]) -> Facts:
+        """Returns the facts with the classes in the order of a model that is fine-tuned, where it has the same ones.
+
+        The rows of its head then go on meaning what they mean.
+
+        Args:
+            own: its classes, as the task calls them.
+        """
+        return facts
 
     @classmethod
     @abc.abstractmethod
@@ -209,10 +228,10 @@ def task_class(config: TaskConfig) -> type[Task]:
     return REGISTRY.module(config.type).Task
 
 
-def task_of_rows(config: TaskConfig, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Task:
-    """Returns the task as its training rows tell it, for a model that is fine-tuned from now on."""
-    chosen = task_class(config)
-    return chosen(config, chosen.learn(config, rows), tokenizer, max_length)
+def own_classes(config: TaskConfig, about: Any) -> list[str] | None:
+    """Returns the classes of a model as the task calls them, from its configuration; None when its head is for something else."""
+    names = class_names(about.to_dict(), task_class(config).head.removeprefix("AutoModel"))
+    return names and [config.class_name(name) for name in names]
 
 
 def task_of_model(config: TaskConfig, model: Path | str, max_length: int) -> Task:
@@ -227,3 +246,24 @@ def task_of_model(config: TaskConfig, model: Path | str, max_length: int) -> Tas
     check_length(max_length, about, "max_length", model)
     chosen = task_class(config)
     return chosen(config, chosen.recall(config, about), load_tokenizer(model), max_length)
+
+
+def with_tokenizer_of(task: Task, model: Path | str) -> Task:
+    """Returns the task as another model reads it: the same task where the tokenizers are the same.
+
+    Raises:
+        UserError: the model's positions do not reach max_length, or it has no tokenizer.
+    """
+    from engine.models import check_length, load_tokenizer, read_config
+
+    tokenizer = load_tokenizer(model)
+    check_length(task.max_length, read_config(model), "max_length", model)
+    if reads_alike(tokenizer, task.tokenizer):
+        return task
+    return type(task)(task.config, task.facts, tokenizer, task.max_length)
+
+
+def reads_alike(one: Any, other: Any) -> bool:
+    """True when two tokenizers of transformers give the same ids to every text."""
+    rules = [token_rules(json.loads(tokenizer.backend_tokenizer.to_str())) for tokenizer in (one, other)]
+    return rules[0] == rules[1]

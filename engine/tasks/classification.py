@@ -15,6 +15,7 @@ from engine.answers import Row
 from engine.answers.classification import OUTPUT, label_of
 from engine.data.cells import Cell, label_cell, refuse_scores, text_cell
 from engine.errors import UserError, did_you_mean
+from engine.models.facts import listed, named, names_hint
 from engine.tasks import Facts, TaskConfig
 from engine.tasks._texts import TextTask
 
@@ -35,7 +36,8 @@ class Config(TaskConfig):
     label: str = "label"
     """Column of the label."""
     names: dict[str, str] = {}
-    """Names to show instead of the file's labels, as in {"0": negative, "1": positive}."""
+    """Names to show instead of the file's labels, as in {"0": negative, "1": positive}, and instead of those of a model that it
+    meets, as in {LABEL_0: negative, LABEL_1: positive}."""
 
     @field_validator("names", mode="before")
     @classmethod
@@ -59,9 +61,14 @@ class Config(TaskConfig):
         """
         labels = {str(row[self.label]) for row in rows}
         refuse_scores(labels, self.label)
-        unused = next((label for label in self.names if label not in labels), None)
+        called = {self.names.get(label, label) for label in labels}
+        # {LABEL_0: negative} names the class of a model: a label is then called so, too.
+        unused = next((label for label, name in self.names.items() if label not in labels and name not in called), None)
         if complete and unused is not None:
             raise UserError(f"task.names: '{unused}' is no label of column '{self.label}'{did_you_mean(unused, sorted(labels))}")
+
+    def class_name(self, name: str) -> str:
+        return name if name in self.names.values() else self.names.get(name, name)
 
     def unlabelled(self, text: str) -> Row:
         return super().unlabelled(text) if self.text_pair else {self.text: text}
@@ -88,8 +95,12 @@ class Task(TextTask):
         return {"labels": labels}
 
     @classmethod
+    def in_order(cls, facts: Facts, own: list[str]) -> Facts:
+        return {"labels": own} if sorted(own) == sorted(facts["labels"]) else facts
+
+    @classmethod
     def recall(cls, config: Config, model: Any) -> Facts:
-        labels = [model.id2label[index] for index in range(model.num_labels)]
+        labels = [config.class_name(model.id2label[index]) for index in range(model.num_labels)]
         if len(set(labels)) < max(2, len(labels)):
             raise UserError(f"the model's labels (id2label) are {labels}: a classifier needs two or more, each of them once")
         return {"labels": labels}
@@ -112,7 +123,7 @@ class Task(TextTask):
         if label is None:
             return None
         if label not in self.number:
-            raise UserError(f"label '{label}' is not among the training labels{did_you_mean(label, self.answers.labels)}")
+            raise UserError(f"label '{label}' {unknown(self.answers.labels, label)}")
         return self.number[label]
 
     @functools.cached_property
@@ -147,3 +158,12 @@ class Task(TextTask):
         student = functional.log_softmax(outputs[OUTPUT] / temperature, dim=1)
         target = functional.log_softmax(teacher[OUTPUT].float() / temperature, dim=1)
         return temperature**2 * functional.kl_div(student, target, reduction="sum", log_target=True)
+
+
+def unknown(labels: list[str], label: str) -> str:
+    """Returns why a label cannot be taken."""
+    if named(labels):
+        return f"is not among the training labels{did_you_mean(label, labels)}"
+    return (
+        f"is none of the model's classes, which have no names ({listed(labels)}): say which is which in {names_hint(labels, [])}"
+    )

@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 
     from engine.answers import Arrays
     from engine.data.readers import Row
+    from engine.data.rows import Prepared
     from engine.data.splits import Splits
     from engine.distributed import Batch, Processes
 
+OTHER_TOKENS = "it has another tokenizer than its teacher: their tokens cannot be matched: set hidden and attention to 0"
 TEACHER = "teacher_"
 """Prefix of the teacher's outputs in a batch."""
 
@@ -227,32 +229,48 @@ def run(stage: Stage[DistillConfig]) -> None:
     config = stage.config
     teacher_path = stage.recipe.find_model(config.teacher)
     stage.inputs  # noqa: B018 - missing inputs show before anything heavy is loaded
+    import torch
+
     from engine.data.rows import LabelledBatches, prepare_on_disk
     from engine.distributed import Processes
-    from engine.finetune import hand_over, judge_of, saver
+    from engine.finetune import hand_over, judge_of, saver, say_changes
     from engine.loop import Fit
-    from engine.models import load_model, set_dropout
+    from engine.models import set_dropout
+    from engine.models.fitting import load_finished, load_fitting
     from engine.models.structure import keep_layers
-    from engine.tasks import task_of_model
+    from engine.randomness import torch_seed
+    from engine.tasks import task_of_model, with_tokenizer_of
 
     started = time.monotonic()
     # Fused attention kernels do not give their maps away.
     attention = "eager" if config.attention else None
-    task = task_of_model(config.task, teacher_path, config.max_length)
-    teacher = load_model(teacher_path, task.head, attention=attention).eval()
+    taught = task_of_model(config.task, teacher_path, config.max_length)
+    teacher = load_finished(teacher_path, taught, attention).eval()
+    student_path = stage.recipe.find_model(config.student.model) if config.student.model else teacher_path
+    # The classes are the teacher's, in its order; each of the two reads with its own tokenizer.
+    task = with_tokenizer_of(taught, student_path)
+    if task is not taught and (task.aligned or config.hidden or config.attention):
+        where = f"stages.{stage.name}.{stage.kind}.student.model"
+        raise stage.recipe.error(where, f"{where}: {OTHER_TOKENS}")
     processes = Processes(config, stage.recipe, stage.partial)
     if processes.main:
         stage.begin()
-    directory = stage.partial / "rows"
-    more = functools.partial(transfer_rows, stage)
-    data = prepare_on_disk(config, stage.recipe, directory, processes, task.tokenizer, lambda rows: task.facts, more)
-    student_path = stage.recipe.find_model(config.student.model) if config.student.model else teacher_path
-    student = load_model(student_path, task.head, attention=attention)
+
+    def read_as(reader: Task, name: str) -> Prepared:
+        more = functools.partial(transfer_rows, stage)
+        directory = stage.partial / name
+        return prepare_on_disk(config, stage.recipe, directory, processes, reader.tokenizer, lambda rows: reader.facts, more)
+
+    data = read_as(task, "rows")
+    task = data.task
+    read = data if task.tokenizer is taught.tokenizer else read_as(taught, "teacher_rows")
+    torch.manual_seed(torch_seed(stage.seed, "initialize"))
+    student, changes = load_fitting(student_path, task, attention)
     if config.student.layers is not None:
         keep_layers(student, layers_to_keep(config.student.layers, student.config.num_hidden_layers))
     if config.train.dropout is not None:
         set_dropout(student, config.train.dropout)
-    said = teacher_outputs(teacher, task, data.examples["train"], processes, stage.partial / "teacher")
+    said = teacher_outputs(teacher, read.task, read.examples["train"], processes, stage.partial / "teacher")
     matching = teacher.to(processes.device) if config.hidden or config.attention else None
     batches = LabelledBatches(data.examples["train"], task, config.train.batch_size, stage.seed, said)
     judge = judge_of(data)
@@ -261,8 +279,9 @@ def run(stage: Stage[DistillConfig]) -> None:
     texts = len(data.examples["train"]) - len(data.rows["train"])
     for note in [f"{processes.describe}; {data.describe}; {texts:,} transfer texts", *data.notes]:
         fit.tracker.say(note)
+    say_changes(fit.tracker.say, config.student.model or config.teacher, changes)
     state = fit.run()
-    hand_over(stage, processes, data, state, fit.weights, started)
+    hand_over(stage, processes, data, state, fit.weights, started, changes)
     processes.close()
 
 

@@ -112,16 +112,18 @@ def run(stage: Stage[PruneConfig]) -> None:
     from engine.data.rows import prepare_for_model
     from engine.evaluate import evaluate
     from engine.models import load_model, size_of
+    from engine.models.fitting import load_finished
     from engine.models.structure import shrink
 
     started = time.monotonic()
     data = prepare_for_model(config, stage.recipe, path, config.examples)
     task = data.task
-    model = load_model(path, task.head)
+    model = load_finished(path, task)
     head_scores, neuron_scores = importance(model, task, data.examples["train"])
     heads, neurons = strongest(head_scores, config.heads, "heads"), strongest(neuron_scores, config.neurons, "neurons")
     stage.begin()
     shrink(model, heads, neurons)
+    model.config.update(task.settings())
     model.save_pretrained(stage.output)
     task.tokenizer.save_pretrained(stage.output)
     # What is judged is what was saved.

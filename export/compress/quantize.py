@@ -220,7 +220,8 @@ def run(stage: Stage[QuantizeConfig]) -> None:
     import onnx
 
     from engine.data.rows import prepare_for_model
-    from engine.models import load_model, read_config, size_of
+    from engine.models import size_of
+    from engine.models.fitting import load_finished
     from export.engines.graph import export_graphs, merge_projections, weight_bytes
     from export.engines.ort import OrtEngine
     from export.engines.parity import evaluate_engine, run_of
@@ -228,7 +229,7 @@ def run(stage: Stage[QuantizeConfig]) -> None:
     started = time.monotonic()
     data = prepare_for_model(config, stage.recipe, path, config.examples)
     task = data.task
-    model = load_model(path, task.head, attention="eager")
+    model = load_finished(path, task, "eager")
     graphs = export_graphs(model, task)
     for graph in graphs.values():
         merge_projections(graph)
@@ -238,7 +239,8 @@ def run(stage: Stage[QuantizeConfig]) -> None:
     stage.begin()
     for name, graph in graphs.items():
         onnx.save(graph, stage.output / graph_file(name))
-    read_config(path).save_pretrained(stage.output)
+    model.config.update(task.settings())
+    model.config.save_pretrained(stage.output)
     task.tokenizer.save_pretrained(stage.output)
     wide = config.weights == "8bit"
     engines = run_of({name: OrtEngine(stage.output / graph_file(name), wide=wide) for name in graphs})

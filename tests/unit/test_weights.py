@@ -19,6 +19,7 @@ from launch.check import check_recipe
 from launch.recipe import load_stages
 from tests.recipes import finetune_section, write_model, write_recipe
 
+HEAD = "AutoModelForSequenceClassification"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "ab" * 32 + "\nsize 90868376\n"
 
 
@@ -29,9 +30,7 @@ def made(tmp_path_factory):
     write_model(directory / "whole")
     shutil.copytree(directory / "whole", directory / "sharded")
     (directory / "sharded/model.safetensors").unlink()
-    load_model(directory / "whole", "AutoModelForSequenceClassification").save_pretrained(
-        directory / "sharded", max_shard_size="60KB"
-    )
+    load_model(directory / "whole", HEAD).save_pretrained(directory / "sharded", max_shard_size="60KB")
     return directory
 
 
@@ -103,7 +102,7 @@ def test_damaged_weights_are_named_by_check_and_by_loading_alike(made, tmp_path,
     damage(tmp_path / "model")
     assert message in refused(tmp_path)
     with pytest.raises(UserError) as error:
-        load_model(tmp_path / "model", "AutoModelForSequenceClassification")
+        load_model(tmp_path / "model", HEAD)
     assert message in str(error.value)
 
 
@@ -160,7 +159,7 @@ def test_a_configuration_and_weights_that_do_not_belong_together_are_named(model
 
 
 def test_facts_are_those_of_the_loaded_model(model):
-    files, loaded = ModelFiles(model), load_model(model, "AutoModelForSequenceClassification")
+    files, loaded = ModelFiles(model), load_model(model, HEAD)
     assert files.embedding_rows == loaded.get_input_embeddings().num_embeddings
     assert files.head_rows == loaded.num_labels
     assert files.vocabulary == len(load_tokenizer(model))
@@ -176,7 +175,7 @@ def test_facts_are_those_of_the_loaded_model(model):
     ],
 )
 def test_classes_come_in_the_order_of_their_ids_and_label_0_is_no_name(config, classes, with_names):
-    assert class_names(config) == classes
+    assert class_names(config, "ForSequenceClassification") == classes
     if classes:
         assert named(classes) is with_names
 
