@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from engine.errors import UserError, did_you_mean
 from engine.inheritance import INHERITED, Inheritance, inherit
+from engine.problems import worst_problem
 from engine.recipe_yaml import AS_WRITTEN, RecipeLoader, key_lines
 from engine.zero_files import find_zero_config
 
@@ -161,6 +162,11 @@ class Recipe:
             self.stages[name] = (kind, section)
         self.inherited: dict[str, Inheritance] = inherit(self.stages, self._recorded_section)
 
+    @classmethod
+    def here(cls) -> Recipe:
+        """Returns a recipe that finds what a command line names: relative paths start at the working directory."""
+        return cls(Path("here.yaml"), {"stages": {"data": {"data": {}}}}, {}, Path("runs"))
+
     def error(self, key: str, message: str) -> UserError:
         """A UserError that names the recipe, the line of `key` (or of its nearest parent) and the message."""
         probe = key
@@ -184,16 +190,10 @@ class Recipe:
         try:
             return config.model_validate(self.full_section(stage, list(config.model_fields)))
         except ValidationError as error:
-            # Unions report every branch they tried: the deepest location is the branch the user meant.
-            worst = max(error.errors(), key=lambda item: (item["type"] == "unknown_key", len(item["loc"])))
-            parts = [str(part) for part in worst["loc"] if not str(part).startswith("function-")]
-            key = ".".join([where, *parts])
-            message = re.sub(r"^Value error, ", "", worst["msg"])
-            given = worst.get("input")
-            shown = f" (given: {given!r})" if isinstance(given, (str, int, float, bool)) else ""
-            line_of = f"{key}.{worst['ctx']['key']}" if worst["type"] == "unknown_key" else key
-            shown += self._why_missing(stage, parts) if worst["type"].startswith(("missing", "union_tag")) else ""
-            raise self.error(line_of, f"{key}: {message[:1].lower()}{message[1:]}{shown}") from None
+            worst = worst_problem(error)
+            key = ".".join([where, *worst.key])
+            why = self._why_missing(stage, worst.key) if worst.missing else ""
+            raise self.error(".".join([where, *worst.line]), f"{key}: {worst.message}{why}") from None
 
     def full_section(self, stage: str, known: list[str] | None = None) -> dict[str, Any]:
         """Returns the raw section of `stage` with what it inherits behind it.

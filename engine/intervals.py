@@ -1,4 +1,4 @@
-"""95 % intervals of the three numbers that are claimed: an accuracy, a drop of accuracy, a speed-up.
+"""95 % intervals of the numbers that are claimed: an accuracy or another metric, a drop of accuracy, a speed-up.
 
 Shapes: N examples, R rounds of a benchmark.
 """
@@ -6,6 +6,7 @@ Shapes: N examples, R rounds of a benchmark.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ Z = 1.959963984540054
 """97.5 % quantile of the normal distribution."""
 RESAMPLES = 10_000
 """Bootstrap resamples; the ends of the interval then move by a few hundredths of its width from seed to seed."""
+METRIC_EXAMPLES, METRIC_RESAMPLES = 2_000_000, (200, 2000)
+"""Metrics are computed over about so many examples in all, in as many resamples as that gives, between these bounds."""
 
 
 class Interval(NamedTuple):
@@ -98,6 +101,20 @@ def median_interval(values_R: np.ndarray) -> Interval:
     return Interval(float(np.median(values)), float(values[low]), float(values[high]))
 
 
+def bootstrap_metrics(metrics: Callable[[np.ndarray], dict[str, float]], n: int, seed: int = 0) -> dict[str, Interval]:
+    """Any metrics over examples, with the bootstrap's percentile interval (Efron and Tibshirani 1993, ch. 13).
+
+    Args:
+        metrics: returns the metrics over the examples with the given numbers, shape (N,), each as often as it comes.
+        n: examples, at least one.
+        seed: of the resampling.
+    """
+    resamples = min(METRIC_RESAMPLES[1], max(METRIC_RESAMPLES[0], METRIC_EXAMPLES // n))
+    draw = generator(seed, "metrics bootstrap")
+    drawn = [metrics(draw.integers(n, size=n)) for _ in range(resamples)]
+    return {name: _percentile(value, np.array([found[name] for found in drawn])) for name, value in metrics(np.arange(n)).items()}
+
+
 def _flags(correct: np.ndarray) -> np.ndarray:
     flags = np.asarray(correct, dtype=bool)
     if flags.ndim != 1 or not len(flags):
@@ -106,5 +123,5 @@ def _flags(correct: np.ndarray) -> np.ndarray:
 
 
 def _percentile(value: float, resampled: np.ndarray) -> Interval:
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    low, high = np.nanquantile(resampled, [0.025, 0.975])  # a correlation of equal values is no number
     return Interval(value, float(low), float(high))

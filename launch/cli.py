@@ -1,4 +1,4 @@
-"""The command line: `bothways run|launch|check|plan|resume-check|predict|serve|verify|report|benchmark|doctor`.
+"""The command line: `bothways run|launch|check|plan|resume-check|predict|evaluate|serve|verify|report|benchmark|doctor`.
 
 Everything heavy is imported inside the commands: `bothways --help` and `bothways check` load neither torch nor transformers.
 """
@@ -19,6 +19,8 @@ import engine
 from engine.errors import USER_ERROR, UserError, disk_full
 from engine.terminal import ReaderGone, printing
 from launch import cli_cluster as cluster
+from launch import cli_data
+from launch.cli_data import Engine, Json, Threads
 from launch.nodes.place import HEARTBEAT_LIMIT, PORT
 from launch.slurm import MAX_REQUEUES, SIGNAL_BEFORE
 
@@ -44,9 +46,6 @@ OneStage = Annotated[list[str], typer.Option(help="Run this stage alone; may be 
 Restart = Annotated[bool, typer.Option("--restart", help="Throw interrupted runs away, do not go on from them.")]
 MaxRestarts = Annotated[int, typer.Option(min=0, help="Start a stage's ranks again after a crash, a kill or a stall.")]
 HeartbeatLimit = Annotated[float, typer.Option(min=1, help="Seconds without a sign of life that make a stall.")]
-Engine = Annotated[str | None, typer.Option(help="onnxruntime, tensorrt or tensorrt_rtx.", show_default="onnxruntime")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine.", show_default="one per core")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
 @app.command(
@@ -347,6 +346,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
+cli_data.register(app)
 cluster.register(app)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from engine.intervals import accuracy_interval, median_interval, paired_bootstrap_drop, ratio_interval
+from engine.intervals import accuracy_interval, bootstrap_metrics, median_interval, paired_bootstrap_drop, ratio_interval
 
 verdicts = hnp.arrays(bool, st.integers(1, 60))
 
@@ -152,3 +152,19 @@ def test_the_medians_interval_holds_the_true_median_in_about_95_of_100_samples()
     assert 0.93 < covered < 0.99
     assert all(interval.low <= interval.value <= interval.high for interval in found)
     assert median_interval(np.asarray([3.0])) == (3.0, 3.0, 3.0)
+
+
+def test_the_bootstrap_of_a_mean_agrees_with_the_normal_interval():
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    found = bootstrap_metrics(lambda chosen: {"mean": values[chosen].mean()}, 400)["mean"]
+    half = 1.96 * values.std() / 20
+    assert found.value == pytest.approx(values.mean())
+    assert (found.low, found.high) == (
+        pytest.approx(found.value - half, abs=half / 8),
+        pytest.approx(found.value + half, abs=half / 8),
+    )
+
+
+def test_a_metric_that_some_resamples_do_not_have_still_has_an_interval():
+    found = bootstrap_metrics(lambda chosen: {"r": 1.0 if len(set(chosen)) > 1 else float("nan")}, 2)["r"]
+    assert found == (1.0, 1.0, 1.0)

@@ -1,0 +1,45 @@
+"""Commands that begin with data: `bothways evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Engine = Annotated[str | None, typer.Option(help="onnxruntime, tensorrt or tensorrt_rtx.", show_default="onnxruntime")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine.", show_default="one per core")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the application."""
+    app.command(
+        epilog="Examples: `bothways evaluate runs/demo/engine new.csv` · "
+        "`bothways evaluate runs/demo/teacher new.csv --set text=review --set label=stars --output predictions.jsonl`"
+    )(evaluate)
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A bundle, a stage's directory or a model directory.")],
+    data: Annotated[list[str], typer.Argument(metavar="DATA", help="Labelled rows: files, patterns or hub:NAME.")],
+    overrides: Annotated[
+        list[str], typer.Option("--set", metavar="A=C", help="A key of the task that differs in this data.", show_default=False)
+    ] = [],  # noqa: B006
+    target: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Write the predictions there as JSON lines.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=4, help="Tokens of a row.", show_default="as in training")] = None,
+    engine: Engine = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Judge any saved model or bundle on new data: every metric with its 95 % interval."""
+    from launch.evaluate import evaluate as judge
+    from launch.evaluate import table, write_predictions
+
+    report, predictions = judge(model, data, overrides, max_length, engine, threads)
+    if target is not None:
+        write_predictions(target, predictions)
+    print(json.dumps(report, indent=1) if as_json else table(report))
