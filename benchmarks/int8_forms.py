@@ -1,8 +1,8 @@
 """The two forms of int8 weights: how far saturation moves a product, accuracy on SST-2, speed side by side.
 
 SST-2 (GLUE, its own TSV files) is not part of this project: `--data DIR` names a directory with train.tsv and dev.tsv. The
-teacher is trained once into `--runs` and taken from there by a second call; `--teacher DIR` takes the stage of another run. Where qemu-x86_64 is installed, the engines also
-answer the dev rows on an emulated CPU without VNNI.
+teacher is trained once into `--runs` and taken from there by a second call; `--teacher DIR` takes the stage of another run. Where
+qemu-x86_64 is installed, the engines also answer the dev rows on an emulated CPU without VNNI.
 
 Shapes: N rows, I inputs, O outputs.
 """

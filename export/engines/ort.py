@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.cpu import instructions
 from engine.errors import UserError
 
 
@@ -29,7 +30,8 @@ def session(model: Path | bytes, threads: int | None = None, wide: bool = False)
     options.intra_op_num_threads = threads or os.cpu_count() or 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1" if wide else "0")
+    if wide and not {"VNNI", "AMX"} & set(instructions()):  # where nothing saturates it would only cost time
+        options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         source = model if isinstance(model, bytes) else str(model)
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

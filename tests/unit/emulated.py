@@ -16,14 +16,25 @@ CPU = "Haswell"
 """Has AVX2, and neither AVX-512 nor VNNI."""
 
 
-def run_emulated(*arguments):
-    """Returns what `python ARGUMENTS` prints on that CPU; skips the test where there is no emulator."""
+PRELUDE = "import sys, pathlib, engine.cpu; engine.cpu.CPUINFO = pathlib.Path(sys.argv.pop(1)); "
+"""An emulated process reads of the real CPU in /proc/cpuinfo; it is given another file."""
+
+
+def run_emulated(directory, code, *arguments):
+    """Returns what Python `code` prints on that CPU; skips the test where there is no emulator.
+
+    Args:
+        directory: of the test.
+        arguments: sys.argv[1:] of the code.
+    """
     emulator = shutil.which("qemu-x86_64")
     if platform.machine() != "x86_64":
         pytest.skip("this Python is not one for x86-64")
     if emulator is None:
         pytest.skip("no qemu-x86_64 to emulate a CPU without VNNI: python -m tests.unit.emulated install")
-    command = [emulator, "-cpu", CPU, sys.executable, *map(str, arguments)]
+    cpuinfo = directory / "cpuinfo"
+    cpuinfo.write_text("flags : avx2\n")
+    command = [emulator, "-cpu", CPU, sys.executable, "-c", PRELUDE + code, str(cpuinfo), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

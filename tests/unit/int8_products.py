@@ -1,4 +1,4 @@
-"""int8 products and what they have to give. `python -m tests.unit.int8_products` prints how far this CPU is from it, as JSON.
+"""int8 products and what they have to give. `main` prints how far a CPU is from it, as JSON.
 
 Shapes: M rows, I inputs, O outputs.
 """
@@ -8,7 +8,7 @@ import json
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from export.compress.quantize import quantize_matmuls, quantize_weight
+from export.compress.quantize import Activation, quantize_matmuls, quantize_weight
 from export.engines.ort import session
 
 SHAPES = [(1, 1, 1), (1, 2, 3), (2, 3, 5), (1, 7, 8), (3, 8, 16), (5, 64, 33), (1, 384, 64), (32, 384, 64), (4, 1537, 17)]
@@ -39,10 +39,15 @@ def one_product(weight_IO):
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
+def unsmoothed(inputs):
+    """Returns an activation between -1 and 1 that leaves the weights as they are."""
+    return Activation(np.ones(inputs, dtype=np.float32), np.zeros((0, inputs), dtype=np.float32))
+
+
 def product(weight_IO, x_MI, weights, wide=False):
     """Returns (what ONNX Runtime gives, what integer arithmetic gives) for the quantized product, both (M, O)."""
     model = one_product(weight_IO)
-    quantize_matmuls(model, {"x": 1.0}, weights)
+    quantize_matmuls(model, {"x": unsmoothed(len(weight_IO))}, weights)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     got = session(model.SerializeToString(), 1, wide).run(["y"], {"x": x_MI})[0]
     scale = constants["product_scale"]
@@ -87,7 +92,8 @@ def saturated():
     return off(got, exact), off(got, shifted * scale_O / np.float32(127))
 
 
-if __name__ == "__main__":
+def main():
+    """Prints how far this CPU is from integer arithmetic."""
     found = {"portable": max(worst(shape, "portable") for shape in SHAPES)}
     found["8bit, wide"] = max(worst(shape, "8bit", True) for shape in SHAPES)
     print(json.dumps({**found, "8bit": saturated()}))

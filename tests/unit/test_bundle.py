@@ -16,7 +16,7 @@ import engine.answers
 from engine.answers._batches import batched
 from engine.answers.classification import Answers
 from engine.errors import UserError
-from export.compress.quantize import activation_ranges, quantize_embeddings, quantize_matmuls
+from export.compress.quantize import quantize_embeddings, quantize_matmuls, watch_activations
 from export.serving.bundle import Bundle, verify_bundle
 from export.serving.golden import Golden
 from export.serving.write import default_tolerance
@@ -271,12 +271,12 @@ def test_an_int8_bundle_passes_its_golden_checks_on_a_cpu_without_vnni(bundle, t
     model = onnx.load(work / "model.onnx")
     task = classification_task(work / "tokenizer", LENGTH, LABELS)
     examples = task.encode([{"text": text, "label": LABELS[0]} for text in TEXTS])
-    quantize_matmuls(model, activation_ranges(model, task, examples), weights)
+    quantize_matmuls(model, watch_activations(model, task, examples), weights)
     quantize_embeddings(model)
     onnx.save(model, work / "model.onnx")
     here = make_bundle(tmp_path / "int8", work, weights=weights)["measured"]
     code = "import json, sys; from export.serving.bundle import verify_bundle; print(json.dumps(verify_bundle(sys.argv[1])))"
-    there = json.loads(run_emulated("-c", code, tmp_path / "int8"))["measured"]
+    there = json.loads(run_emulated(tmp_path, code, tmp_path / "int8"))["measured"]
     here, there = (found["outputs"]["model/logits"] for found in (here, there))
     assert here["golden"] == 0 and there["golden"] < 0.2 * here["reference"]
 

@@ -11,11 +11,20 @@ from engine.errors import UserError
 from engine.evaluate import torch_run
 from engine.models.structure import shrink
 from export.benchmark import Candidate, measure, summary
-from export.compress.quantize import activation_ranges, quantize_embeddings, quantize_matmuls, quantize_weight, tensorrt_form
+from export.compress.quantize import (
+    Activation,
+    quantize_embeddings,
+    quantize_matmuls,
+    quantize_weight,
+    smoothing,
+    tensorrt_form,
+    watch_activations,
+)
 from export.engines.graph import export_onnx, initializers, merge_projections, weight_bytes, weight_matmuls
-from export.engines.ort import OrtEngine
+from export.engines.ort import OrtEngine, session
 from export.engines.parity import ParityGates, check_parity, observe, run_of
 from tests.recipes import ragged_rows
+from tests.unit.int8_products import one_product
 from tests.unit.models import GRAPH, INPUTS, classification_task, tiny_classifier
 
 LOUD = 63
@@ -57,7 +66,7 @@ def merged(plain):
 def quantized(merged, task, examples):
     copy = onnx.ModelProto()
     copy.CopyFrom(merged)
-    quantize_matmuls(copy, activation_ranges(copy, task, examples))
+    quantize_matmuls(copy, watch_activations(copy, task, examples))
     quantize_embeddings(copy)
     onnx.checker.check_model(copy)
     return copy
@@ -136,6 +145,8 @@ def test_weights_are_rounded_by_at_most_half_a_step_per_channel(merged, quantize
     constants = initializers(quantized)
     for node, weight in weight_matmuls(merged):
         values, scale = (onnx.numpy_helper.to_array(constants[f"{node.input[1]}_{kind}"]) for kind in ("int8", "scale"))
+        if f"{node.name}_smoothing" in constants:
+            weight = weight / onnx.numpy_helper.to_array(constants[f"{node.name}_smoothing"])[:, None]
         assert np.abs(values * scale - weight).max(axis=0) == pytest.approx(0, abs=float(scale.max() / 2) + 1e-7)
         full, _ = quantize_weight(weight, "8bit")
         assert (np.abs(full).max(axis=0) == 127).all(), "the whole range is used"
@@ -150,7 +161,7 @@ def test_the_form_for_tensorrt_computes_the_same(quantized, task, examples):
 
 
 def test_calibration_never_looks_at_padding(merged, task, examples):
-    ordinary = activation_ranges(merged, task, examples)
+    ordinary = watch_activations(merged, task, examples)
 
     class Loud:
         """Gives padding an embedding that is louder than all others."""
@@ -168,13 +179,47 @@ def test_calibration_never_looks_at_padding(merged, task, examples):
     values = onnx.numpy_helper.to_array(table).copy()
     values[LOUD] = 100 * np.sign(values[LOUD])
     table.CopyFrom(onnx.numpy_helper.from_array(values, table.name))
-    assert activation_ranges(loud, Loud(), examples) == ordinary
+    for name, seen in watch_activations(loud, Loud(), examples).items():
+        assert all(np.array_equal(*both) for both in zip(seen, ordinary[name], strict=True))
 
 
 def test_calibration_sees_the_largest_activation_of_all_rows(merged, task, examples):
-    some, more = (activation_ranges(merged, task, examples[:count]) for count in (2, 64))
+    some, more = (watch_activations(merged, task, examples[:count]) for count in (2, 64))
     assert some.keys() == {node.input[0] for node, _ in weight_matmuls(merged)}
-    assert all(more[name] >= some[name] > 0 for name in some)
+    assert all((more[name].largest_I >= some[name].largest_I).all() for name in some)
+    for seen in more.values():
+        assert (np.abs(seen.sample_SI).max(axis=0) <= seen.largest_I).all() and len(seen.sample_SI) > 1
+
+
+def outlying(rng, factor):
+    """Returns an activation of 16 inputs, one of which is `factor` times as large as the others, and a weight."""
+    sample = rng.standard_normal((256, 16)).astype(np.float32)
+    sample[:, 3] *= factor
+    return Activation(np.abs(sample).max(axis=0), sample), rng.standard_normal((16, 8)).astype(np.float32)
+
+
+@pytest.mark.parametrize("weights", ["portable", "8bit"])
+def test_inputs_far_larger_than_the_others_are_made_alike_where_that_halves_the_error(weights):
+    rng = np.random.default_rng(0)
+    assert smoothing(*outlying(rng, 1), weights) is None
+    activation, weight = outlying(rng, 100)
+    divisor = smoothing(activation, weight, weights)
+    assert divisor[3] > 5 * np.delete(divisor, 3).max()
+
+    def error(seen):
+        model = one_product(weight)
+        quantize_matmuls(model, {"x": seen}, weights)
+        given = session(model.SerializeToString()).run(["y"], {"x": activation.sample_SI})[0]
+        return np.square(given - activation.sample_SI @ weight).sum()
+
+    assert error(activation) < 0.25 * error(Activation(activation.largest_I, activation.sample_SI[:0]))
+
+
+def test_an_input_that_is_always_0_or_never_used_moves_nothing_to_infinity():
+    activation, weight = outlying(np.random.default_rng(0), 100)
+    activation.sample_SI[:, 5] = activation.largest_I[5] = 0
+    weight[7] = 0
+    assert np.isfinite(smoothing(activation, weight, "portable")).all()
 
 
 def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 
 from export.compress.quantize import PAIR_LIMIT, quantize_matmuls, quantize_weight
 from tests.unit.emulated import run_emulated
-from tests.unit.int8_products import FILLS, SHAPES, one_product, saturating, values, worst
+from tests.unit.int8_products import FILLS, SHAPES, one_product, saturating, unsmoothed, values, worst
 
 EXACT = 1e-6
 """Scales are float32: integers that agree differ by this much at most."""
@@ -57,14 +57,14 @@ def test_arithmetic_that_saturates_in_16_bits_is_wrong_with_8_bit_weights():
 def test_the_quantized_graph_is_valid_and_portable_is_the_default():
     weight_IO = values("top", (4, 3), np.random.default_rng(0))
     model = one_product(weight_IO)
-    quantize_matmuls(model, {"x": 1.0})
+    quantize_matmuls(model, {"x": unsmoothed(4)})
     onnx.checker.check_model(model)
     int8_IO = next(onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.name == "w_int8")
     assert (int8_IO == quantize_weight(weight_IO, "portable")[0]).all() and int8_IO.max() == PAIR_LIMIT // 2
 
 
-def test_the_kernels_of_a_cpu_without_vnni_saturate_as_the_model_says_and_are_exact_with_portable_weights():
-    found = json.loads(run_emulated("-m", "tests.unit.int8_products"))
+def test_the_kernels_of_a_cpu_without_vnni_saturate_as_the_model_says_and_are_exact_with_portable_weights(tmp_path):
+    found = json.loads(run_emulated(tmp_path, "from tests.unit import int8_products; int8_products.main()"))
     from_integers, from_saturating = found["8bit"]
     assert from_integers > 0.1 and from_saturating < EXACT
     assert found["portable"] < EXACT and found["8bit, wide"] < EXACT

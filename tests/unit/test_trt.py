@@ -7,7 +7,7 @@ import torch
 from onnx import helper
 
 from engine.errors import UserError
-from export.compress.quantize import activation_ranges, quantize_embeddings, quantize_matmuls, tensorrt_form
+from export.compress.quantize import quantize_embeddings, quantize_matmuls, tensorrt_form, watch_activations
 from export.engines.graph import export_onnx, merge_projections
 from export.engines.ort import OrtEngine
 from export.engines.trt import Profile, TrtEngine, build_engine, parse_network, quantized_matmuls, tensorrt_module
@@ -22,7 +22,7 @@ PROFILE = Profile(4, 8, 16, 48)
 def quantized(task, examples):  # noqa: F811
     graph = export_onnx(tiny_classifier(initializer_range=0.2), GRAPH)
     merge_projections(graph)
-    quantize_matmuls(graph, activation_ranges(graph, task, examples))
+    quantize_matmuls(graph, watch_activations(graph, task, examples))
     quantize_embeddings(graph)
     return graph
 
