@@ -55,13 +55,17 @@ def label_cell(value: Any) -> str | None:
     return str(value)
 
 
-def refuse_scores(labels: Collection[str], column: str) -> None:
-    """Raises UserError when the different labels of a column are numbers on a scale, not names of classes."""
+def refuse_scores(labels: Collection[str], column: str, where: str = "") -> None:
+    """Raises UserError when the different labels of a column are numbers on a scale, not names of classes.
+
+    Args:
+        where: begins the message, as in "rows.csv: ".
+    """
     if len(labels) <= MAX_NUMBERS or not all(_FRACTION.fullmatch(label) for label in labels):
         return
     numbers = sorted(map(float, labels))
     if not all(number.is_integer() for number in numbers):
         raise UserError(
-            f"column '{column}' holds {len(numbers)} different numbers ({numbers[0]:g} to {numbers[-1]:g}): scores are for "
-            "regression, not for classification; take such a task, or round them to a few classes"
+            f"{where}column '{column}' holds {len(numbers)} different numbers ({numbers[0]:g} to {numbers[-1]:g}): scores are "
+            "for regression, not for classification; take such a task, or round them to a few classes"
         )

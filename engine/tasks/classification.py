@@ -14,6 +14,7 @@ from pydantic import field_validator
 from engine.answers import Row
 from engine.answers.classification import OUTPUT, label_of
 from engine.data.cells import Cell, label_cell, refuse_scores, text_cell
+from engine.data.sources import PlacedRow
 from engine.errors import UserError, did_you_mean
 from engine.models.facts import listed, named, names_hint
 from engine.tasks import Facts, TaskConfig
@@ -60,12 +61,14 @@ class Config(TaskConfig):
             UserError: numbers that are scores, or `names` for labels that are not there.
         """
         labels = {str(row[self.label]) for row in rows}
-        refuse_scores(labels, self.label)
+        where = next((f"{row.path}: " for row in rows if isinstance(row, PlacedRow)), "")
+        refuse_scores(labels, self.label, where)
         called = {self.names.get(label, label) for label in labels}
         # {LABEL_0: negative} names the class of a model: a label is then called so, too.
         unused = next((label for label, name in self.names.items() if label not in labels and name not in called), None)
         if complete and unused is not None:
-            raise UserError(f"task.names: '{unused}' is no label of column '{self.label}'{did_you_mean(unused, sorted(labels))}")
+            hint = did_you_mean(unused, sorted(labels))
+            raise UserError(f"{where}task.names: '{unused}' is no label of column '{self.label}'{hint}")
 
     def class_name(self, name: str) -> str:
         return name if name in self.names.values() else self.names.get(name, name)

@@ -26,6 +26,7 @@ class One:
 def section(tmp_path, monkeypatch):
     """A stage whose rows are encoded in several chunks, some of them cut."""
     monkeypatch.setattr(rows_module, "CHUNK", 7)
+    monkeypatch.setattr("engine.data.stored.PIECE", 5)
     path = write_recipe(tmp_path, {"teacher": {"finetune": finetune_section(max_length=12)}})
     loaded = load_recipe(path)
     return loaded.section("teacher", FinetuneConfig), loaded

@@ -13,7 +13,7 @@ from engine.data.sources import SourceConfig, SourceRows, share_of
 from engine.data.splits import DataConfig, load_splits
 from engine.errors import UserError
 from engine.tasks.classification import Config
-from tests.recipes import write_rows
+from tests.recipes import write_recipe, write_rows
 
 TASK = Config(type="classification")
 
@@ -190,10 +190,21 @@ def test_half_stars_and_numbered_classes_are_classes(labels):
 
 
 def test_names_of_labels_that_are_not_there_are_refused():
-    task = Config(type="classification", names={"0": "negative", "postive": "positive"})
+    task = Config(type="classification", names={"0": "negative", "postive": "good"})
     with pytest.raises(UserError, match=r"task.names: 'postive' is no label of column 'label': did you mean 'positive'\?"):
         task.check_rows([{"label": "0"}, {"label": "positive"}], complete=True)
     task.check_rows([{"label": "0"}], complete=False)
+
+
+def test_labels_that_are_scores_are_refused_by_a_look_at_the_file_with_its_name(tmp_path, call):
+    recipe = write_recipe(tmp_path)
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": f"film {number}", "label": number / 7} for number in range(60)])
+    status, out, err = call("check", recipe)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: {path}: column 'label' holds 60 different numbers (0 to 8.42857): scores are for regression")
+    write_rows(path, [{"text": f"film {number}", "label": number % 2} for number in range(60)])
+    status, _, err = call("check", recipe, "--set", "teacher.task.names.good=positive")
+    assert (status, err) == (2, f"error: {path}: task.names: 'good' is no label of column 'label' (known: 0, 1)\n")
 
 
 # Splits.
