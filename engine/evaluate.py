@@ -166,3 +166,8 @@ def outputs_of_examples(
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
     """Writes one JSON object a line."""
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes one JSON value."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

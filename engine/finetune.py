@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -96,8 +97,7 @@ def judge_of(data: Prepared) -> Judge:
     from engine.loop import Judge
 
     metric = data.task.answers.metric
-    evaluate = lambda model, ranks: data.evaluate(model, "validation", ranks)[0]  # noqa: E731
-    return Judge(evaluate, metric.name, metric.higher_is_better, data.probe)
+    return Judge(data.progress, metric.name, metric.higher_is_better, data.probe)
 
 
 def saver(model: Any, tokenizer: Any) -> Any:
@@ -137,9 +137,11 @@ def hand_over(
     heartbeat.beat("finish")
     model = load_model(weights, data.task.head).to(processes.device)
     same_logits(data.probe(model), state.probe, weights)
-    metrics = data.judge(lambda rows: evaluate(model, data.task, rows, processes), stage.output if processes.main else None)
+    output = stage.output if processes.main else None
+    metrics = data.judge(lambda rows: evaluate(model, data.task, rows, processes), output, choose=True)
     if processes.main:
         shutil.copytree(weights, stage.output, dirs_exist_ok=True)
+        keep_settings(stage.output, data.task.kept)
         shutil.copy(stage.partial / "history.jsonl", stage.output)
         stage.complete(
             metric=data.task.answers.metric._asdict(),
@@ -154,6 +156,12 @@ def hand_over(
             model_changes=changes,
         )
     processes.barrier()
+
+
+def keep_settings(directory: Path, settings: dict[str, Any]) -> None:
+    """Writes entries into the configuration of a saved model."""
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **settings}, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

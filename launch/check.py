@@ -101,7 +101,7 @@ def _check_rows(stage: Stage[Any], source: SourceConfig, columns: dict[str, Cell
         return set()
     if source is stage.config.data.train:
         task.check_rows(found, rows.complete)
-    return {str(name) for row in found if (name := task.class_of(row)) is not None}
+    return {str(name) for row in found for name in task.classes_of(row)}
 
 
 def _check_length(recipe: Recipe, stage: Stage[Any]) -> None:

@@ -163,15 +163,15 @@ def _pairs(settings: list[str]) -> dict[str, Any]:
     for key, equals, _ in pairs:
         if not key or not equals:
             raise UserError(f"--set {key}: write it as key=value, as in --set text=review --set label=stars")
-    return {key: json.loads(value) if value.startswith("{") else value for key, _, value in pairs}
+    return {key: json.loads(value) if value.startswith(("{", "[")) else value for key, _, value in pairs}
 
 
 def _require_known(subject: Subject, rows: list[Row]) -> None:
     """Raises UserError when a row is of a class that the model has never heard of."""
     labels = subject.answers.labels
-    for row in rows if labels else ():
-        name = subject.config.class_of(row)
-        if name is not None and name not in labels:
+    found = ((row, name) for row in rows for name in subject.config.classes_of(row)) if labels else ()
+    for row, name in found:
+        if name not in labels:
             where = f"{row.path}:{row.line}: " if isinstance(row, PlacedRow) else ""
             raise UserError(
                 f"{where}label '{name}' is none of the model's{did_you_mean(str(name), labels)}: map it by --set 'names={{…}}'"

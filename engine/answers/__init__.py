@@ -14,9 +14,12 @@ import importlib
 import importlib.metadata
 import pkgutil
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from typing import Self
 
 Arrays = dict[str, np.ndarray]
 Run = Callable[[str, Arrays], Arrays]
@@ -66,11 +69,13 @@ class Answers(abc.ABC):
         tokenizer: a `tokenizers.Tokenizer` that truncates and pads as the model needs it.
     """
 
-    metric: ClassVar[Metric]
-    """Chooses the best weights, and is what tables show."""
-
     def __init__(self, facts: dict[str, Any], tokenizer: Any) -> None:
         self.facts, self.tokenizer = facts, tokenizer
+
+    @property
+    @abc.abstractmethod
+    def metric(self) -> Metric:
+        """Chooses the best weights, and is what tables show."""
 
     @property
     @abc.abstractmethod
@@ -92,6 +97,25 @@ class Answers(abc.ABC):
     @abc.abstractmethod
     def metrics(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, float]:
         """Judges answers to rows that hold the truth: at least `metric`, and `examples`, how many rows were judged."""
+
+    def table(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+        """Returns {part: its figures} where the rows have parts that are judged on their own, as classes; nothing by default."""
+        return {}
+
+    def choose(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, Any]:
+        """Returns facts that only a trained model tells, from its answers to validation rows: thresholds, for example.
+
+        They are kept with the model. By default there are none.
+        """
+        return {}
+
+    def knowing(self, chosen: dict[str, Any]) -> Self:
+        """Returns the same with other facts, from `choose`."""
+        return type(self)({**self.facts, **chosen}, self.tokenizer)
+
+    def revised(self, answers: list[Answer]) -> list[Answer]:
+        """Returns answers that were given with other facts as they are with these."""
+        return answers
 
     @abc.abstractmethod
     def record(self, answer: Answer, row: Row) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Texts and pairs of texts as a tokenizer takes them: shared by the tasks that read them.
+"""Texts and pairs of texts as a tokenizer takes them, and what the tasks share that read them.
 
 Shapes: N rows, L tokens.
 """
@@ -8,11 +8,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from engine.answers import Answers, Arrays, Row, RowError
+from engine.answers import Answers, Arrays, Metric, Row, RowError
+
+OUTPUT = "logits"
+"""What the graph of a task with the usual head gives, shape (N, numbers of a row)."""
+SMALLEST = float(np.finfo(np.float32).tiny)
+"""A probability that rounds to 0 counts as this much in a loss."""
 
 
 def limit(tokenizer: Any, max_length: int, pad_token: str | None, truncation_side: str = "right") -> None:
@@ -77,7 +82,14 @@ def digits(values: Any) -> list[float]:
 
 
 class TextAnswers(Answers):
-    """The answering half of a task on texts; facts: `text` and, for pairs, `text_pair`: the columns."""
+    """The answering half of a task on texts; facts: `text` and, for pairs, `text_pair`: the columns; `metric`, one of METRICS."""
+
+    METRICS: ClassVar[dict[str, Metric]] = {}
+    """What may choose the best weights."""
+
+    @property
+    def metric(self) -> Metric:
+        return self.METRICS[self.facts["metric"]]
 
     @property
     def columns(self) -> dict[str, str]:

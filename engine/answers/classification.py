@@ -11,17 +11,19 @@ from typing import Any
 import numpy as np
 
 from engine.answers import MODEL, Answer, Arrays, Metric, Row, Run, ServedTensor
-from engine.answers._texts import TextAnswers, digits
-
-OUTPUT = "logits"
-SMALLEST = float(np.finfo(np.float32).tiny)
-"""A probability that rounds to 0 counts as this much in the loss."""
+from engine.answers._metrics import class_counts, f1_macro, matthews
+from engine.answers._texts import OUTPUT, SMALLEST, TextAnswers, digits
 
 
 class Answers(TextAnswers):
-    """One label for a text or a pair of texts. Facts: `text`, `text_pair`, `label`, `names`, and `labels` in the order of ids."""
+    """One label for a text or a pair of texts. Facts: `label`, `names`, `positive`, and `labels` in the order of ids."""
 
-    metric = Metric("accuracy", counted=True)
+    METRICS = {
+        "accuracy": Metric("accuracy", counted=True),
+        "f1": Metric("f1"),
+        "f1_macro": Metric("f1_macro"),
+        "matthews": Metric("matthews", unit=""),
+    }
 
     def __init__(self, facts: dict[str, Any], tokenizer: Any) -> None:
         super().__init__(facts, tokenizer)
@@ -49,17 +51,38 @@ class Answers(TextAnswers):
         return np.array([answer["label"] == self.truth(row) for answer, row in zip(answers, rows, strict=True)], dtype=bool)
 
     def metrics(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, float]:
-        """Returns accuracy and macro F1 in percent, mean loss in nats, and the number of examples."""
-        number = {label: index for index, label in enumerate(self.labels)}
-        truth_N = np.array([number[str(self.truth(row))] for row in rows])
-        predicted_N = np.array([number[answer["label"]] for answer in answers])
+        """Returns accuracy and F1 in percent, Matthews correlation × 100, mean loss in nats, and the number of examples.
+
+        `f1`, of the class `positive`, is there where there are two classes.
+        """
+        predicted_N, truth_N = self._numbers(answers, rows)
+        counts = class_counts(predicted_N, truth_N, len(self.labels))
         shares = [answer["scores"][str(self.truth(row))] for answer, row in zip(answers, rows, strict=True)]
+        binary = {"f1": 100.0 * float(counts.f1[self.positive])} if len(self.labels) == 2 else {}
         return {
             "accuracy": 100.0 * float((predicted_N == truth_N).mean()),
-            "f1_macro": 100.0 * f1_macro(predicted_N, truth_N, len(number)),
+            "f1_macro": 100.0 * f1_macro(predicted_N, truth_N, len(self.labels)),
+            **binary,
+            "matthews": 100.0 * matthews(counts),
             "loss": float(-np.log(np.maximum(shares, SMALLEST)).mean()),
             "examples": len(rows),
         }
+
+    def table(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+        """Returns precision, recall, F1 in percent and the number of rows of each class."""
+        return class_counts(*self._numbers(answers, rows), len(self.labels)).table(self.labels)
+
+    def _numbers(self, answers: list[Answer], rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of the predicted and of the true classes, shape (N,) each."""
+        number = {label: index for index, label in enumerate(self.labels)}
+        predicted_N = np.array([number[answer["label"]] for answer in answers])
+        return predicted_N, np.array([number[str(self.truth(row))] for row in rows])
+
+    @property
+    def positive(self) -> int:
+        """Id of the class whose F1 is `f1`: that of the fact `positive`, else the last."""
+        named = self.facts["positive"]
+        return len(self.labels) - 1 if named is None else self.labels.index(named)
 
     def agreement(self, answers: list[Answer], others: list[Answer]) -> float:
         """Returns the share of rows with the same label."""
@@ -97,10 +120,3 @@ def softmax(logits_NC: np.ndarray) -> np.ndarray:
     """Returns float32 probabilities, shape (N, C)."""
     exponentials = np.exp(logits_NC - logits_NC.max(axis=1, keepdims=True))
     return exponentials / exponentials.sum(axis=1, keepdims=True)
-
-
-def f1_macro(predicted_N: np.ndarray, truth_N: np.ndarray, classes: int) -> float:
-    """Returns the mean F1 of the classes that are predicted or true somewhere."""
-    both = np.bincount(truth_N[predicted_N == truth_N], minlength=classes)
-    either = np.bincount(predicted_N, minlength=classes) + np.bincount(truth_N, minlength=classes)
-    return float((2 * both[either > 0] / either[either > 0]).mean())

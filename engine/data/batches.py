@@ -44,24 +44,42 @@ def batches_by_length(lengths: Sequence[int] | np.ndarray, size: int) -> list[np
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def balanced(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Returns as many row numbers as there are, in no order: equally many of each group, or one more; of -1 each row once.
+
+    Of a group with more rows than that a random part comes; of one with fewer each comes again, equally often or once more.
+    """
+    names = rng.permutation(np.unique(groups[groups >= 0]))
+    drawn = [np.flatnonzero(groups < 0)]
+    for turn, name in enumerate(names):
+        size = (int((groups >= 0).sum()) - turn + len(names) - 1) // len(names)
+        drawn.append(np.resize(rng.permutation(np.flatnonzero(groups == name)), size))
+    return np.concatenate(drawn)
+
+
 class BatchPlan:
     """Shuffled global batches of rows of similar length.
 
-    Every epoch is a new permutation in which each row comes once; the last batch of an epoch is filled up from the top of the
-    same permutation, so that all batches are full.
+    Every epoch is a new permutation in which each row comes once, or each group equally often; the last batch of an epoch is
+    filled up from the top of the same permutation, so that all batches are full.
 
     Args:
         lengths: tokens of each row, shape (rows,).
         batch_size: rows per optimizer step over all ranks.
         seed: of the shuffling.
         bucket: group rows of similar length (off where every row has the same length).
+        groups: the group of each row, shape (rows,), of which every epoch draws equally many rows, or one more; -1: each such row
+            once. An epoch has as many rows as without. None: each row once.
     """
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, bucket: bool = True) -> None:
+    def __init__(
+        self, lengths: np.ndarray, batch_size: int, seed: int, bucket: bool = True, groups: np.ndarray | None = None
+    ) -> None:
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
         self.seed = seed
         self.bucket = bucket
+        self.groups = groups
         self.steps_per_epoch = -(-len(self.lengths) // batch_size)
 
     def position(self, step: int) -> tuple[int, int]:
@@ -71,7 +89,9 @@ class BatchPlan:
     @functools.lru_cache(maxsize=2)  # noqa: B019 - one plan lives as long as its training
     def _epoch(self, epoch: int) -> np.ndarray:
         rng = generator(self.seed, "order", epoch)
-        order = rng.permutation(np.arange(len(self.lengths), dtype=np.int32 if len(self.lengths) < 2**31 else np.int64))
+        kind = np.int32 if len(self.lengths) < 2**31 else np.int64
+        every = np.arange(len(self.lengths), dtype=kind)
+        order = rng.permutation(every if self.groups is None else balanced(self.groups, rng).astype(kind))
         order = np.resize(order, self.steps_per_epoch * self.batch_size)
         if self.bucket:
             window = BUCKET_BATCHES * self.batch_size

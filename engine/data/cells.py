@@ -67,5 +67,5 @@ def refuse_scores(labels: Collection[str], column: str, where: str = "") -> None
     if not all(number.is_integer() for number in numbers):
         raise UserError(
             f"{where}column '{column}' holds {len(numbers)} different numbers ({numbers[0]:g} to {numbers[-1]:g}): scores are "
-            "for regression, not for classification; take such a task, or round them to a few classes"
+            "for regression, not for classification; take task.type: regression, or round them to a few classes"
         )

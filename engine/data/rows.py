@@ -18,7 +18,7 @@ from engine.data.batches import BatchPlan
 from engine.data.readers import Row
 from engine.data.splits import Held, Splits, load_splits
 from engine.data.stored import RowWriter, StoredExamples, StoredRows, in_chunks, lengths_of, write_examples
-from engine.evaluate import evaluate, outputs_of, write_jsonl
+from engine.evaluate import evaluate, outputs_of, write_json, write_jsonl
 from engine.stage import publish
 from engine.tasks import Example, Facts, Task, task_class, task_of_model
 
@@ -54,35 +54,62 @@ class Prepared:
         """Returns (metrics, answers) of a split, shared out over all ranks."""
         return evaluate(model, self.task, self.rows[split], processes)
 
+    def progress(self, model: Any, processes: Processes) -> dict[str, float]:
+        """Judges a model in training on the validation rows, with what would be chosen on them if it were the last."""
+        return self._chosen(*self.evaluate(model, "validation", processes))[1]
+
+    def _chosen(self, metrics: dict[str, float], answers: list[Answer]) -> tuple[Facts, dict[str, float], list[Answer]]:
+        """Returns what is chosen by answers to the validation rows, and metrics and answers as they are with it."""
+        rows, judge = self.rows["validation"], self.task.answers
+        chosen = judge.choose(answers, rows)
+        if not chosen:
+            return {}, metrics, answers
+        judge = judge.knowing(chosen)
+        answers = judge.revised(answers)
+        return chosen, judge.metrics(answers, rows), answers
+
     def probe(self, model: Any) -> list[float]:
         """Returns the outputs for a few validation rows: what saved weights have to give again when they are re-opened."""
         return outputs_of(model, self.task, self.rows["validation"][:PROBE_ROWS])
 
     def judge(
-        self, evaluate: Callable[[Sequence[Row]], tuple[dict[str, float], list[Answer]]], output: Path | None
+        self,
+        evaluate: Callable[[Sequence[Row]], tuple[dict[str, float], list[Answer]]],
+        output: Path | None,
+        choose: bool = False,
     ) -> dict[str, dict[str, float]]:
         """Judges a finished model or engine on the held-out splits.
 
         Args:
             evaluate: returns (metrics, answers) of rows.
-            output: where `predictions.jsonl` (test) and `validation_predictions.jsonl` go; None: nowhere.
+            output: where `predictions.jsonl` (test) and `validation_predictions.jsonl` go, and `per_class.json` of tasks with
+                classes; None: nowhere.
+            choose: the model has just been trained: the task takes over what the validation rows tell (`Answers.choose`).
 
         Returns:
             the metrics of each split.
         """
-        metrics = {}
+        metrics, tables = {}, {}
         for split, name in (("validation", "validation_predictions.jsonl"), ("test", "predictions.jsonl")):
             if split in self.rows:
                 rows = self.rows[split]
                 metrics[split], answers = evaluate(rows)
+                if choose and split == "validation":
+                    chosen, metrics[split], answers = self._chosen(metrics[split], answers)
+                    self.task.know(chosen)
+                tables[split] = self.task.answers.table(answers, rows)
                 if output:
                     write_jsonl(output / name, [self.task.answers.record(a, row) for a, row in zip(answers, rows, strict=True)])
+        if output and any(tables.values()):
+            write_json(output / "per_class.json", tables)
         return metrics
 
 
 def prepare(rows: Mapping[str, Sequence[Row]], task: Task) -> Prepared:
     """Encodes every split in memory."""
-    return Prepared(task, rows, {name: task.encode(split) for name, split in rows.items()}, getattr(rows, "notes", []))
+    examples = {name: task.encode(split) for name, split in rows.items()}
+    task.begin(examples["train"])
+    return Prepared(task, rows, examples, getattr(rows, "notes", []))
 
 
 def prepare_on_disk(
@@ -115,7 +142,9 @@ def prepare_on_disk(
     task = kind(config.task, about["facts"], tokenizer, config.max_length)
     task.truncated = about["truncated"]
     rows = {name: StoredRows(directory / name) for name in about["splits"]}
-    return Prepared(task, rows, {name: StoredExamples(directory / name) for name in rows}, about["notes"])
+    examples = {name: StoredExamples(directory / name) for name in rows}
+    task.begin(examples["train"])
+    return Prepared(task, rows, examples, about["notes"])
 
 
 def _store(
@@ -128,7 +157,9 @@ def _store(
     part = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(part, ignore_errors=True)
     wanted = config.task
-    rows = load_splits(config.data, recipe, wanted.split_by, wanted.columns, wanted.class_of, lambda name: RowWriter(part / name))
+    rows = load_splits(
+        config.data, recipe, wanted.split_by, wanted.columns, wanted.classes_of, lambda name: RowWriter(part / name)
+    )
     task = task_of(rows["train"])
     for name, split in rows.items():
         every = itertools.chain(split, more(rows)) if name == "train" else iter(split)
@@ -147,7 +178,9 @@ def prepare_for_model(config: Any, recipe: Recipe, model: Path | str, train_rows
     """
     wanted = config.task
     limits = {"train": train_rows}
-    rows = load_splits(config.data, recipe, wanted.split_by, wanted.columns, wanted.class_of, lambda name: Held(limits.get(name)))
+    rows = load_splits(
+        config.data, recipe, wanted.split_by, wanted.columns, wanted.classes_of, lambda name: Held(limits.get(name))
+    )
     for note in rows.notes:
         print(f"  {note}", flush=True)
     return prepare(rows, task_of_model(config.task, model, config.max_length))
@@ -174,7 +207,7 @@ class LabelledBatches:
     ) -> None:
         self.examples, self.task, self.extra = examples, task, extra or {}
         self.lengths = lengths_of(examples)
-        self.plan = BatchPlan(self.lengths, batch_size, seed)
+        self.plan = BatchPlan(self.lengths, batch_size, seed, groups=task.groups(examples))
         self.steps_per_epoch = self.plan.steps_per_epoch
 
     def at(self, step: int, rank: int, processes: int, micro: int) -> list[Batch]:

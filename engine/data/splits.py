@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Protocol
 
 from pydantic import BeforeValidator, model_validator
@@ -82,7 +82,7 @@ def load_splits(
     recipe: Recipe,
     key: str,
     columns: Mapping[str, Cell],
-    label_of: Callable[[Row], Any] | None = None,
+    classes_of: Callable[[Row], Collection[Any]] = lambda row: (),
     new: Callable[[str], Sink] = lambda name: Held(),
 ) -> Splits:
     """Reads every split.
@@ -92,7 +92,7 @@ def load_splits(
         recipe: finds the files.
         key: the column whose hash decides a row's split.
         columns: the columns that every row must fill, and what is made of their cells.
-        label_of: the class of a row, where there are classes: shares then leave each of them a row to train on.
+        classes_of: the classes of a row: shares leave each of them a row to train on.
         new: makes what takes the rows of a split of that name, in memory or on disk.
 
     Raises:
@@ -106,12 +106,12 @@ def load_splits(
     """Label to that of its held-out texts with the largest hash, the first that a smaller share would leave in training."""
     for name, row in iter_splits(data, recipe, key, columns, splits.notes):
         sinks[name].append(row)
-        if label_of and name == "train":
-            trained.add(label_of(row))
-        elif label_of and name in shares:
-            label, text = label_of(row), str(row[key])
-            if label not in held or share_of(text) > share_of(held[label]):
-                held[label] = text
+        if name == "train":
+            trained.update(classes_of(row))
+        elif name in shares:
+            for label in classes_of(row):
+                if label not in held or share_of(str(row[key])) > share_of(held[label]):
+                    held[label] = str(row[key])
     lost = {label: text for label, text in held.items() if label not in trained}
     moved = set(lost.values())
     for name in shares if lost else []:

@@ -45,8 +45,8 @@ def load_fitting(path: Path | str, task: Task, attention: str | None = None, ran
     said = []
     if not fits:
         said = [fit_head(model, own or [], labels) or ""]
-        for key in LABELS:
-            setattr(model.config, key, settings[key])
+        for key, value in settings.items():
+            setattr(model.config, key, value)
     return model, [*said, *fit_tokenizer(model, task.tokenizer)]
 
 

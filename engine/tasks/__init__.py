@@ -26,6 +26,7 @@ from engine.models.facts import class_names, token_rules
 from engine.registry import Registry
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     Batch = dict[str, torch.Tensor]
@@ -35,6 +36,8 @@ Example = dict[str, Any]
 """An encoded row; holds at least `input_ids`."""
 Facts = dict[str, Any]
 """What a task has to know beside its section, JSON-able: learnt from the training rows, or read from a fine-tuned model."""
+FACTS = "bothways_task"
+"""config.json key of the task and of those facts that transformers has no entry for."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,9 @@ class TaskConfig(Strict):
         """The column whose hash decides to which split a row belongs."""
         return next(iter(self.columns))
 
-    def class_of(self, row: Row) -> Any:
-        """Returns the class of a row, None where there are none: shares leave every class a row to train on."""
-        return None
+    def classes_of(self, row: Row) -> list[Any]:
+        """Returns the classes of a row, none where the task has none: shares leave every class a row to train on."""
+        return []
 
     def check_rows(self, rows: Sequence[Row], complete: bool) -> None:
         """Looks at the training rows, or at the first of them.
@@ -143,6 +146,15 @@ class Task(abc.ABC):
         """Returns the entries of the model's configuration: the size of its head, and what `recall` reads."""
 
     @property
+    def kept(self) -> dict[str, Any]:
+        """The entry of `settings` with the task and its facts as they are, but the labels, which have entries of their own."""
+        return {FACTS: {"type": self.config.type, **{key: value for key, value in self.facts.items() if key != "labels"}}}
+
+    def know(self, chosen: Facts) -> None:
+        """Takes facts that were chosen with a trained model, see `Answers.choose`."""
+        self.facts, self.answers = {**self.facts, **chosen}, self.answers.knowing(chosen)
+
+    @property
     def inputs(self) -> list[str]:
         """Names of the model's inputs, in order."""
         names = ["input_ids", "attention_mask", "token_type_ids"]
@@ -163,9 +175,19 @@ class Task(abc.ABC):
     def collate(self, examples: list[Example]) -> Batch:
         """Pads examples to the longest: the model's inputs and the targets."""
 
+    def begin(self, examples: Sequence[Example]) -> None:  # noqa: B027 - most tasks have nothing to look for
+        """Looks at the encoded training rows before anything is trained, for what only the loss has to know."""
+
+    def groups(self, examples: Sequence[Example]) -> np.ndarray | None:
+        """Returns a group of each training row, shape (N,), of which every epoch draws equally many; -1: each such row once.
+
+        None, the default: every row once.
+        """
+        return None
+
     @abc.abstractmethod
-    def count(self, batch: Batch) -> int:
-        """Returns the number of valid targets: what `loss` counts."""
+    def count(self, batch: Batch) -> float:
+        """Returns the number of valid targets, or the sum of their weights: what `loss` counts."""
 
     def forward(self, model: Any, batch: Batch, **options: Any) -> Any:
         """Returns what the model returns."""

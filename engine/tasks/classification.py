@@ -7,18 +7,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import field_validator
+import numpy as np
+from pydantic import Field, field_validator
 
 from engine.answers import Row
 from engine.answers.classification import OUTPUT, label_of
-from engine.data.cells import Cell, label_cell, refuse_scores, text_cell
-from engine.data.sources import PlacedRow
+from engine.data.cells import Cell, label_cell, refuse_scores
 from engine.errors import UserError, did_you_mean
-from engine.models.facts import listed, named, names_hint
-from engine.tasks import Facts, TaskConfig
-from engine.tasks._texts import TextTask
+from engine.tasks import Example, Facts
+from engine.tasks._texts import (
+    NamedConfig,
+    TextTask,
+    facts_in_order,
+    file_of,
+    keys_as_text,
+    labels_as_settings,
+    unknown,
+    weighted,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -26,33 +34,39 @@ if TYPE_CHECKING:
     from engine.tasks import Batch
 
 
-class Config(TaskConfig):
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Config(NamedConfig):
     """One label for a text, or for a pair of texts."""
 
     type: Literal["classification"]
-    text: str = "text"
-    """Column of the text."""
-    text_pair: str | None = None
-    """Column of the second text of a pair (entailment, paraphrase)."""
     label: str = "label"
     """Column of the label."""
-    names: dict[str, str] = {}
-    """Names to show instead of the file's labels, as in {"0": negative, "1": positive}, and instead of those of a model that it
-    meets, as in {LABEL_0: negative, LABEL_1: positive}."""
+    loss: Literal["cross_entropy", "focal"] = "cross_entropy"
+    """`focal` lets rows that are classified well count less: (1 - p)^gamma × cross entropy (arXiv:1708.02002)."""
+    gamma: float = Field(2.0, ge=0, allow_inf_nan=False)
+    """Of the focal loss; 0 is cross entropy, 2 is the paper's choice."""
+    class_weights: Literal["balanced"] | dict[str, Weight] | None = None
+    """What a row of a class counts in the loss. `balanced`: rows / (classes × rows of the class), so that all classes count the
+    same; or {label: weight}, 1 where nothing is said; None: every row the same."""
+    sampling: Literal["shuffle", "balanced"] = "shuffle"
+    """`balanced` draws every class equally often: in an epoch, which stays as long, rows of large classes are left out, those of
+    small ones come again."""
+    metric: Literal["accuracy", "f1", "f1_macro", "matthews"] = "accuracy"
+    """Chooses the best weights. `f1` is that of the class `positive`, for two classes."""
+    positive: str | None = None
+    """The class, as it is shown, that `f1` looks at; None: the last one, as in 0 and 1, no and yes."""
 
-    @field_validator("names", mode="before")
-    @classmethod
-    def _labels_are_text(cls, value: Any) -> Any:
-        return {str(key): name for key, name in value.items()} if isinstance(value, dict) else value
+    _weights = field_validator("class_weights", mode="before")(lambda value: keys_as_text(value))
 
     @property
-    def columns(self) -> dict[str, Cell]:
-        """The columns that every row must fill, and what is made of their cells."""
-        pair = {self.text_pair: text_cell} if self.text_pair else {}
-        return {self.text: text_cell, **pair, self.label: label_cell}
+    def truths(self) -> dict[str, Cell]:
+        return {self.label: label_cell}
 
-    def class_of(self, row: Row) -> str | None:
-        return label_of(row, self.label, self.names)
+    def classes_of(self, row: Row) -> list[Any]:
+        label = label_of(row, self.label, self.names)
+        return [] if label is None else [label]
 
     def check_rows(self, rows: Sequence[Row], complete: bool) -> None:
         """Looks at the labels of the training rows, as the file has them.
@@ -61,20 +75,8 @@ class Config(TaskConfig):
             UserError: numbers that are scores, or `names` for labels that are not there.
         """
         labels = {str(row[self.label]) for row in rows}
-        where = next((f"{row.path}: " for row in rows if isinstance(row, PlacedRow)), "")
-        refuse_scores(labels, self.label, where)
-        called = {self.names.get(label, label) for label in labels}
-        # {LABEL_0: negative} names the class of a model: a label is then called so, too.
-        unused = next((label for label, name in self.names.items() if label not in labels and name not in called), None)
-        if complete and unused is not None:
-            hint = did_you_mean(unused, sorted(labels))
-            raise UserError(f"{where}task.names: '{unused}' is no label of column '{self.label}'{hint}")
-
-    def class_name(self, name: str) -> str:
-        return name if name in self.names.values() else self.names.get(name, name)
-
-    def unlabelled(self, text: str) -> Row:
-        return super().unlabelled(text) if self.text_pair else {self.text: text}
+        refuse_scores(labels, self.label, file_of(rows))
+        self.check_names(labels, file_of(rows), complete)
 
 
 class Task(TextTask):
@@ -84,6 +86,12 @@ class Task(TextTask):
     says = "a classifier"
     outputs = [OUTPUT]
 
+    def __init__(self, config: Config, facts: Facts, tokenizer: Any, max_length: int) -> None:
+        _check(config, facts["labels"])
+        super().__init__(config, facts, tokenizer, max_length)
+        self.weight_C: np.ndarray | None = None
+        """What a row of each class counts in the loss, float32."""
+
     @classmethod
     def learn(cls, config: Config, rows: Sequence[Row]) -> Facts:
         """Returns the sorted labels of the training rows.
@@ -92,14 +100,14 @@ class Task(TextTask):
             UserError: fewer than two, numbers that are scores, or `names` for labels that are not there.
         """
         config.check_rows(rows, complete=True)
-        labels = sorted({str(config.class_of(row)) for row in rows})
+        labels = sorted({label for row in rows for label in config.classes_of(row)})
         if len(labels) < 2:
             raise UserError(f"column '{config.label}' holds only the label {labels}: a classifier needs at least two")
         return {"labels": labels}
 
     @classmethod
     def in_order(cls, facts: Facts, own: list[str]) -> Facts:
-        return {"labels": own} if sorted(own) == sorted(facts["labels"]) else facts
+        return facts_in_order(facts, own)
 
     @classmethod
     def recall(cls, config: Config, model: Any) -> Facts:
@@ -109,12 +117,24 @@ class Task(TextTask):
         return {"labels": labels}
 
     def settings(self) -> dict[str, Any]:
-        labels = self.answers.labels
-        return {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: index for index, label in enumerate(labels)},
-        }
+        return {**labels_as_settings(self.answers.labels), "problem_type": "single_label_classification", **self.kept}
+
+    def begin(self, examples: Sequence[Example]) -> None:
+        """Weighs the classes; over the labelled rows the mean weight is 1."""
+        chosen, labels = self.config.class_weights, list(self.number)
+        if chosen is None:
+            return
+        rows_C = np.bincount([e["label"] for e in examples if e["label"] is not None], minlength=len(labels))
+        if chosen == "balanced":
+            weight_C = rows_C.sum() / (len(labels) * np.maximum(rows_C, 1))
+        else:
+            weight_C = np.array([chosen.get(label, 1.0) for label in labels])
+        self.weight_C = (weight_C * rows_C.sum() / max((weight_C * rows_C).sum(), 1e-12)).astype(np.float32)
+
+    def groups(self, examples: Sequence[Example]) -> np.ndarray | None:
+        if self.config.sampling == "shuffle":
+            return None
+        return np.asarray([-1 if example["label"] is None else example["label"] for example in examples])
 
     def target_of(self, row: Row) -> int | None:
         """Returns the id of a row's label.
@@ -134,16 +154,35 @@ class Task(TextTask):
         """{label: its id}."""
         return {label: index for index, label in enumerate(self.answers.labels)}
 
+    def truths(self, found: list[int | None]) -> dict[str, np.ndarray]:
+        """Returns `labels` (B,), -100 if none; and `weights` (B,), 0 if none, where classes are weighed."""
+        arrays = super().truths(found)
+        if self.weight_C is not None:
+            labels_B, weight_C1 = arrays["labels"], np.append(self.weight_C, np.float32(0))
+            arrays["weights"] = weight_C1[np.where(labels_B >= 0, labels_B, -1)]
+        return arrays
+
+    def count(self, batch: Batch) -> float:
+        return float(batch["weights"].sum()) if "weights" in batch else super().count(batch)
+
     def named(self, output: Any) -> Batch:
         """Returns the class scores before the softmax, shape (B, C), float32."""
         return {OUTPUT: output.logits.float()}
 
     def loss_of(self, outputs: Batch, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross entropy: (sum over labelled rows, number of labelled rows)."""
+        """Cross entropy or focal loss: (sum over labelled rows, their number), both by the weights of the classes."""
         from torch.nn import functional
 
-        labels_B = batch["labels"]
-        return functional.cross_entropy(outputs[OUTPUT], labels_B, reduction="sum"), (labels_B >= 0).sum()
+        labels_B, logits_BC = batch["labels"], outputs[OUTPUT]
+        focal = self.config.loss == "focal"
+        if not focal and "weights" not in batch:
+            return functional.cross_entropy(logits_BC, labels_B, reduction="sum"), (labels_B >= 0).sum()
+        losses_B = functional.cross_entropy(logits_BC, labels_B, reduction="none")
+        if focal:
+            losses_B = losses_B * (-(-losses_B).expm1()).clamp(min=1e-12) ** self.config.gamma
+        if "weights" in batch:
+            return weighted(losses_B, batch)
+        return losses_B.sum(), (labels_B >= 0).sum()
 
     @classmethod
     def made_up_loss(cls, model: Any, rows: int, length: int) -> torch.Tensor:
@@ -163,10 +202,13 @@ class Task(TextTask):
         return temperature**2 * functional.kl_div(student, target, reduction="sum", log_target=True)
 
 
-def unknown(labels: list[str], label: str) -> str:
-    """Returns why a label cannot be taken."""
-    if named(labels):
-        return f"is not among the training labels{did_you_mean(label, labels)}"
-    return (
-        f"is none of the model's classes, which have no names ({listed(labels)}): say which is which in {names_hint(labels, [])}"
-    )
+def _check(config: Config, labels: list[str]) -> None:
+    """Raises UserError for keys of the section that do not go with the labels."""
+    named = {"positive": [config.positive] if config.positive is not None else []}
+    named["class_weights"] = list(config.class_weights) if isinstance(config.class_weights, dict) else []
+    for key, names in named.items():
+        for name in names:
+            if name not in labels:
+                raise UserError(f"task.{key}: '{name}' is not among the labels{did_you_mean(name, labels)}")
+    if config.metric == "f1" and len(labels) != 2:
+        raise UserError(f"task.metric=f1 is of two classes, and there are {len(labels)}: take f1_macro")

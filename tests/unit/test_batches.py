@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.batches import BatchPlan, accumulation_steps
+from engine.data.batches import BatchPlan, accumulation_steps, balanced
 from engine.data.corpus import Corpus
 from engine.data.packing import PackedRows, pack_histogram
 from engine.errors import UserError
+from engine.randomness import generator
 from engine.schedule import Schedule
 
 
@@ -23,6 +24,32 @@ def test_an_epoch_holds_every_row_and_only_fills_up_its_last_batch(lengths, batc
     assert counts.sum() - len(lengths) == len(rows) - len(lengths)
     if len(lengths) >= batch_size:
         assert counts.max() <= 2
+
+
+@given(st.lists(st.integers(-1, 4), min_size=1, max_size=120), st.integers(0, 5), st.integers(0, 3))
+@settings(deadline=None)
+def test_balanced_epochs_are_as_long_and_hold_every_group_equally_often_and_rows_without_a_group_once(groups, seed, epoch):
+    groups = np.asarray(groups)
+    order = balanced(groups, generator(seed, "order", epoch))
+    assert len(order) == len(groups)
+    times = np.bincount(order, minlength=len(groups))
+    assert (times[groups < 0] == 1).all()
+    for name in np.unique(groups[groups >= 0]):
+        share = (groups >= 0).sum() / len(np.unique(groups[groups >= 0]))
+        assert int(share) <= times[groups == name].sum() <= int(np.ceil(share))
+        assert np.ptp(times[groups == name]) <= 1, "rows of a group come equally often, or once more"
+
+
+def test_a_balanced_step_is_found_without_the_steps_before_and_epochs_differ():
+    rng = np.random.default_rng(0)
+    lengths, groups = rng.integers(1, 50, 300), rng.integers(0, 10, 300).clip(7)
+    walked = BatchPlan(lengths, 16, seed=1, groups=groups)
+    history = [walked.rows(step) for step in range(3 * walked.steps_per_epoch)]
+    assert walked.steps_per_epoch == BatchPlan(lengths, 16, seed=1).steps_per_epoch
+    step = 2 * walked.steps_per_epoch + 3
+    assert (BatchPlan(lengths, 16, seed=1, groups=groups).rows(step) == history[step]).all()
+    first, second = (np.sort(np.concatenate(history[epoch * 19 : (epoch + 1) * 19])) for epoch in (0, 1))
+    assert (first != second).any(), "another part of the large group"
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 8), (8, 1), (2, 4), (4, 2), (2, 2)])

@@ -28,7 +28,10 @@ def test_every_page_is_linked_from_the_index():
     ] == []
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+TASK_PAGES = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("tasks-*.md"))]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", *TASK_PAGES])
 def test_the_recipe_of_a_page_is_valid(tmp_path, page):
     (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     path = tmp_path / "reviews.yaml"
@@ -40,6 +43,13 @@ def test_the_recipe_of_a_page_is_valid(tmp_path, page):
 def test_every_kind_of_stage_is_named_in_the_changelog():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert [kind for kind in KINDS if f"`{kind}`" not in text] == []
+
+
+def test_every_task_has_a_page():
+    from engine.tasks import REGISTRY
+
+    shown = {task for page in TASK_PAGES for task in REGISTRY.own() if f"type: {task}" in (ROOT / page).read_text()}
+    assert shown == set(REGISTRY.own())
 
 
 def test_every_example_of_data_is_valid():

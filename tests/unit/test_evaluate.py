@@ -127,5 +127,5 @@ def test_the_command_prints_metrics_and_writes_predictions(bundle, tmp_path, cap
     text, _, machine = said.partition("{")
     assert "accuracy" in text
     assert "24 rows; 95 % intervals" in text
-    assert set(json.loads("{" + machine)["metrics"]) == {"accuracy", "f1_macro", "loss"}
+    assert set(json.loads("{" + machine)["metrics"]) == {"accuracy", "f1_macro", "matthews", "loss"}
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 24

@@ -179,7 +179,7 @@ def test_fasttext_has_one_label_several_or_none(tmp_path):
     assert rows_of(path) == [
         {"text": "good film", "label": "a"},
         {"text": "dull, but warm", "label": ["a", "b"]},
-        {"text": "no label", "label": None},
+        {"text": "no label", "label": []},
     ]
 
 

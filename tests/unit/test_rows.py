@@ -41,7 +41,7 @@ def on_disk(section, directory, learn=None, **more):
 def in_memory(section):
     config, recipe = section
     wanted = config.task
-    rows = load_splits(config.data, recipe, wanted.split_by, wanted.columns, wanted.class_of)
+    rows = load_splits(config.data, recipe, wanted.split_by, wanted.columns, wanted.classes_of)
     kind, tokenizer = task_class(wanted), load_tokenizer(recipe.find_model(config.model))
     return prepare(rows, kind(wanted, kind.learn(wanted, rows["train"]), tokenizer, config.max_length))
 

@@ -212,7 +212,7 @@ def test_labels_that_are_scores_are_refused_by_a_look_at_the_file_with_its_name(
 
 def split(recipe, tmp_path, rows, **data):
     write_rows(tmp_path / "rows.jsonl", rows)
-    return load_splits(DataConfig(train="rows.jsonl", **data), recipe(), "text", TASK.columns, TASK.class_of)
+    return load_splits(DataConfig(train="rows.jsonl", **data), recipe(), "text", TASK.columns, TASK.classes_of)
 
 
 def test_a_hash_of_the_text_decides_the_split_and_equal_texts_stay_together(tmp_path, recipe):

@@ -13,7 +13,7 @@ _LABEL = re.compile(rf"(?:^|(?<=\s)){PREFIX}(\S+)\s?")
 
 
 class FastText(Layout):
-    """`__label__x text`: columns `label` (a list when there are several, None when there is none) and `text`."""
+    """`__label__x text`: columns `label` (a list when there are several or none) and `text`."""
 
     NAME = "fasttext"
     EXTENSIONS = (".txt", ".text", ".ft", ".fasttext")
@@ -34,5 +34,5 @@ class FastText(Layout):
             if not text.strip():
                 continue
             labels = _LABEL.findall(text)
-            label = labels if len(labels) > 1 else next(iter(labels), None)
+            label = labels[0] if len(labels) == 1 else labels
             yield line, {"text": _LABEL.sub("", text).strip(), "label": label}
