@@ -26,13 +26,20 @@ def started(directory, **section):
     return task, task.collate(examples)
 
 
-def test_weights_of_classes_enter_sum_and_count_so_that_the_mean_is_torchs_weighted_mean(tmp_path):
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4, 5], [0, 3, 5], [1, 3]])
+def test_weights_of_classes_enter_sum_and_count_so_that_the_mean_is_torchs_weighted_mean(tmp_path, rows):
     task, batch = started(tmp_path, class_weights={0: 3, "2": 0.5})
-    logits = torch.randn(6, 3)
+    batch, logits = {key: value[rows] for key, value in batch.items()}, torch.randn(len(rows), 3)
     total, count = task.loss_of({"logits": logits}, batch)
-    expected = functional.cross_entropy(logits, LABELS, weight=torch.tensor([3.0, 1.0, 0.5]))
+    expected = functional.cross_entropy(logits, LABELS[rows], weight=torch.tensor([3.0, 1.0, 0.5]))
     torch.testing.assert_close(total / count, expected)
     assert float(count) == pytest.approx(task.count(batch))
+
+
+def test_weights_of_ones_own_count_1_on_average_so_that_they_keep_their_place_beside_soft_targets(tmp_path):
+    _, batch = started(tmp_path, class_weights={0: 30, "2": 5})
+    assert float(batch["weights"].sum()) == pytest.approx(5.0)
+    assert float(batch["weights"][0] / batch["weights"][1]) == pytest.approx(30)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "focal"])
