@@ -56,7 +56,9 @@ def render(run: Run) -> str:
         tiles=tiles(run),
         rail=rail(run),
         rows=(rows := [row(run, name) for name in run.stages]),
-        scored=next((f"{r['score'].name.capitalize()}, {r['score'].unit}" for r in reversed(rows) if r["score"]), "Score"),
+        scored=next(
+            (in_unit(r["score"].name.capitalize(), r["score"].unit, ", ") for r in reversed(rows) if r["score"]), "Score"
+        ),
         f1=any("f1_macro" in r["metrics"] for r in rows),
         figures=figures(run),
         curves=training_curves(run),
@@ -70,6 +72,11 @@ def render(run: Run) -> str:
 def megabytes(value: float | None) -> str:
     """Formats bytes as MB (10⁶ bytes)."""
     return "–" if value is None else f"{value / 1e6:,.1f} MB"
+
+
+def in_unit(name: str, unit: str, between: str = " in ") -> str:
+    """Returns a figure's name with its unit, where it has one."""
+    return f"{name}{between}{unit}" if unit else name
 
 
 def count(value: float | None) -> str:
@@ -214,7 +221,7 @@ def figures(run: Run) -> Figures:
     scores = {name: entry for name, record in run.stages.items() if (entry := judged(record))}
     last = next((scores[name] for name in reversed(chain) if name in scores), None)
     on_split = {name: s.interval for name, s in scores.items() if last and (s.split, s.name) == (last.split, last.name)}
-    axis = f"{last.name} in {last.unit}" if last else ""
+    axis = in_unit(last.name, last.unit) if last else ""
     steps = [(name, on_split[name]) for name in chain if name in on_split]
     beside = [(name, value) for name, value in on_split.items() if name not in chain]
     if last and steps:
@@ -299,7 +306,7 @@ def training_curves(run: Run) -> Figures:
         metric = record.get("metric") or {"name": "", "unit": ""}
         scores = [(step, values[metric["name"]]) for step, values in judgements if step and metric["name"] in values]
         best = record.get("best_step")
-        svg = plots.curves(name, losses, f"{metric['name']} in {metric['unit']}", scores, best)
+        svg = plots.curves(name, losses, in_unit(metric["name"], metric["unit"]), scores, best)
         facts = [f"{record.get('steps', training[-1][0]):,} steps in {duration(record.get('seconds', {}).get('training'))}"]
         facts += [f"best at step {best:,}"] if best else []
         facts += [str(record["processes"])] if "processes" in record else []

@@ -209,7 +209,7 @@ def _result(record: dict[str, Any]) -> str:
     metrics = record["metrics"][split]
     metric = record.get("metric")
     if metric:
-        shown = f"{split} {metric['name']} {metrics[metric['name']]:.2f} {metric['unit']}"
+        shown = f"{split} {metric['name']} {metrics[metric['name']]:.2f} {metric['unit']}".rstrip()
     else:
         shown = f"{split} loss {metrics['loss']:.3f}"
         shown += f" (at first {metrics['initial_loss']:.3f})" if "initial_loss" in metrics else ""

@@ -14,6 +14,7 @@ from engine.evaluate import torch_run
 from engine.models import load_model
 from engine.stage import Stage, read_stage
 from export.export import ExportConfig
+from export.page import write_report
 from export.serving.bundle import Bundle, verify_bundle
 from tests.recipes import ragged_rows, run_here, train_section, write_recipe, write_rows
 from tests.serving.servers import CLIENTS, inputs, serving
@@ -101,6 +102,8 @@ def test_every_stage_is_judged_by_the_figure_of_the_task(chain):
         assert name in record["metrics"]["test"], stage
     assert record["comparison"][f"{name}_drop_points"]["n"] == record["metrics"]["test"]["examples"]
     assert read_stage(run / "teacher")["metrics"]["test"][name] > 30, "something was learnt"
+    page = write_report(run).read_text(encoding="utf-8")
+    assert name in page and f"{name} in <" not in page and f"{name.capitalize()}, <" not in page
 
 
 def test_what_was_learnt_beside_the_weights_goes_from_stage_to_stage_into_the_bundle(chain):
