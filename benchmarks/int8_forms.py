@@ -83,7 +83,7 @@ def dev_rows(recipe: Any, stage: Any) -> tuple[list[dict[str, np.ndarray]], np.n
     """Returns (the arrays of every dev row, labels of shape (N,))."""
     from engine.data.rows import prepare_for_model
 
-    _, data = prepare_for_model(stage.config, recipe, stage.directory, 1)
+    data = prepare_for_model(stage.config, recipe, stage.directory, 1)
     examples = data.examples["test"]
     batches = [data.task.collate([example]) for example in examples]
     rows = [{name: batch[name].numpy() for name in data.task.inputs} for batch in batches]
