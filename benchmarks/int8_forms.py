@@ -69,10 +69,10 @@ def correct(stage: Path) -> np.ndarray:
 
 def answer(stage: str, inputs: str, output: str) -> None:
     """Runs a stage's engine over saved rows, one by one and without wide sums, and saves the logits, shape (N, C)."""
-    from export.compress.quantize import MODEL_FILE
+    from export.compress.quantize import graph_file
     from export.engines.ort import session
 
-    engine = session(Path(stage) / MODEL_FILE, 1)
+    engine = session(Path(stage) / graph_file("model"), 1)
     names = [item.name for item in engine.get_inputs()]
     with np.load(inputs) as saved:
         rows = [{name: saved[f"{name}_{row}"] for name in names} for row in range(int(saved["rows"]))]
@@ -107,10 +107,10 @@ def on_emulated_cpu(stage: Path, rows: list[dict[str, np.ndarray]], labels_N: np
 def speeds(stages: dict[str, Path], rows: list[dict[str, np.ndarray]]) -> dict[str, Figure]:
     """Returns the time of the portable form over that of the other: rows alone at their own lengths, and batches of 32 × 128."""
     from export.benchmark import Candidate, measure
-    from export.compress.quantize import MODEL_FILE
+    from export.compress.quantize import graph_file
     from export.engines.ort import OrtEngine
 
-    engines = {form: OrtEngine(stages[form] / MODEL_FILE, 2, wide=form == "8bit") for form in FORMS}
+    engines = {form: OrtEngine(stages[form] / graph_file("model"), 2, wide=form == "8bit") for form in FORMS}
     candidates = [Candidate(form, form, "onnxruntime", "int8", engine.run) for form, engine in engines.items()]
     full = {name: np.ones((32, 128), dtype=np.int64) for name in rows[0]}
     found = {}
