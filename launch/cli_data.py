@@ -1,4 +1,4 @@
-"""Commands that begin with data: `bothways evaluate`."""
+"""Commands that begin with data: `bothways new`, `bothways evaluate`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,31 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 def register(app: typer.Typer) -> None:
     """Adds the commands to the application."""
     app.command(
+        epilog="Examples: `bothways new --data reviews.csv` · "
+        "`bothways new --data reviews.csv --column text=body --column label=stars --model models/minilm`"
+    )(new)
+    app.command(
         epilog="Examples: `bothways evaluate runs/demo/engine new.csv` · "
         "`bothways evaluate runs/demo/teacher new.csv --set text=review --set label=stars --output predictions.jsonl`"
     )(evaluate)
+
+
+def new(
+    data: Annotated[str, typer.Option("--data", metavar="FILE", help="Labelled rows: a file, a pattern or hub:NAME.")],
+    task: Annotated[str | None, typer.Option(help="What the model is for.", show_default="seen in the columns")] = None,
+    model: Annotated[str | None, typer.Option(help="What to fine-tune.", show_default="a small encoder of the hub")] = None,
+    columns: Annotated[
+        list[str], typer.Option("--column", metavar="KEY=NAME", help="A column that is not to be guessed.", show_default=False)
+    ] = [],  # noqa: B006
+    target: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="The recipe.", show_default="named after the data")
+    ] = None,
+) -> None:
+    """Write a commented recipe that runs, from a look at the data: format, columns, labels, lengths."""
+    from launch.new import new_recipe
+
+    path, seen = new_recipe(data, target, task, model, columns)
+    print("\n".join([*seen, f"{path}: written; next: bothways check {path}, then bothways run {path}"]))
 
 
 def evaluate(

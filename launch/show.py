@@ -30,7 +30,7 @@ def show_recipe(recipe: Recipe, stages: list[Stage[Any]]) -> str:
     """
     lines = [_entry("name", recipe.name), _entry("seed", recipe.seed), "stages:\n"]
     for stage in stages:
-        lines.append(f"  {_flow(stage.name)}:\n    {stage.kind}:\n")
+        lines.append(f"  {flow(stage.name)}:\n    {stage.kind}:\n")
         origins = recipe.inherited[stage.name].origins
         for key, value in recipe.full_section(stage.name, list(type(stage.config).model_fields)).items():
             if key in origins:
@@ -44,10 +44,11 @@ def _entry(key: str, value: Any) -> str:
     nested = isinstance(value, (dict, list)) and any(
         isinstance(item, (dict, list)) for item in (value.values() if isinstance(value, dict) else value)
     )
-    return f"{key}:\n{textwrap.indent(_dump(value), '  ')}" if nested else f"{key}: {_flow(value)}\n"
+    return f"{key}:\n{textwrap.indent(_dump(value), '  ')}" if nested else f"{key}: {flow(value)}\n"
 
 
-def _flow(value: Any) -> str:
+def flow(value: Any) -> str:
+    """Returns a value on one line, quoted where a recipe would read it as something else."""
     return _dump([value], flow=True).strip()[1:-1]
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from engine.data.columns import Proposal, Table
+
     Batch = dict[str, torch.Tensor]
 
 REGISTRY = Registry("task", __name__, __path__, "bothways.tasks")
@@ -80,6 +82,15 @@ class TaskConfig(Strict):
         Raises:
             UserError: rows that are meant for another task.
         """
+
+    @classmethod
+    def propose(cls, table: Table, given: dict[str, str]) -> Proposal | None:
+        """Returns how the task would read a file, None when its columns do not look like it: for `bothways new`.
+
+        Args:
+            given: {key of the section: column} that are not to be guessed.
+        """
+        return None
 
     def class_name(self, name: str) -> str:
         """Returns what the task calls a class of a model that comes with names of its own."""

@@ -6,7 +6,7 @@ Shapes: B rows, L tokens, C classes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 from engine.answers import Row
 from engine.answers.classification import OUTPUT, label_of
 from engine.data.cells import Cell, label_cell, refuse_scores
+from engine.data.columns import Proposal
 from engine.errors import UserError, did_you_mean
 from engine.tasks import Example, Facts
 from engine.tasks._texts import (
@@ -31,7 +32,40 @@ from engine.tasks._texts import (
 if TYPE_CHECKING:
     import torch
 
+    from engine.data.columns import Table
     from engine.tasks import Batch
+
+
+LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "target", "topic", "stars", "rating", "score", "y")
+TEXTS = ("text", "sentence", "review", "content", "body", "comment", "message", "question", "title")
+PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"))
+"""Names of columns that data sets have, likelier ones first; of pairs of texts, both."""
+MOST_CLASSES = 1000
+"""A column with more values holds no classes."""
+
+
+def _like(names: tuple[str, ...]) -> Callable[[str], int]:
+    return lambda column: names.index(column.lower()) if column.lower() in names else len(names)
+
+
+def _labels(table: Table, named: dict[str, str]) -> list[str]:
+    """Returns the columns that may hold labels, fewest values first: short values that repeat, and no scores."""
+    found = []
+    for name, column in table.columns.items():
+        repeats = 2 <= len(column.values) <= MOST_CLASSES and column.filled >= 2 * len(column.values)
+        if repeats and not column.nested and column.mean_words <= 5 and name not in named.values():
+            try:
+                refuse_scores(column.values, name)
+            except UserError:
+                continue
+            found.append(name)
+    return sorted(found, key=lambda name: len(table.columns[name].values))
+
+
+def _texts(table: Table, label: str) -> list[str]:
+    """Returns the columns that may hold texts, longest first."""
+    columns = [column for column in table.columns.values() if column.name != label and column.mean_characters >= 4]
+    return [column.name for column in sorted(columns, key=lambda column: -column.mean_characters)]
 
 
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -77,6 +111,29 @@ class Config(NamedConfig):
         labels = {str(row[self.label]) for row in rows}
         refuse_scores(labels, self.label, file_of(rows))
         self.check_names(labels, file_of(rows), complete)
+
+    @classmethod
+    def propose(cls, table: Table, given: dict[str, str]) -> Proposal | None:
+        named = {key: table.column(name).name for key, name in given.items()}
+        label = named.get("label") or next(iter(sorted(_labels(table, named), key=_like(LABELS))), None)
+        if label is None:
+            return None
+        pair = next((pair for pair in PAIRS if all(name in table.columns for name in pair)), None)
+        if pair and not given.keys() & {"text", "text_pair"}:
+            named |= {"text": pair[0], "text_pair": pair[1]}
+        text = named.get("text") or next(iter(sorted(_texts(table, label), key=_like(TEXTS))), None)
+        if text is None:
+            return None
+        section = {"text": text, **({"text_pair": named["text_pair"]} if "text_pair" in named else {}), "label": label}
+        classes = table.columns[label]
+        common = [f"{name} {count / classes.filled:.0%}" for name, count in classes.values.most_common(6)]
+        more = ", …" if len(classes.values) > 6 else ""
+        seen = {key: f"{table.columns[name].mean_words:.0f} words on average" for key, name in section.items()}
+        seen["label"] = f"{len(classes.values)} labels: {', '.join(common)}{more}"
+        numbers = all(name.lstrip("-").isdigit() for name in classes.values)
+        names = ", ".join(f"{name}: …" for name in sorted(classes.values)[:3])
+        advice = f"names: {{{names}}}  # what they shall be called" if numbers else ""
+        return Proposal(section, seen, [name for key, name in section.items() if key != "label"], advice=advice)
 
 
 class Task(TextTask):
