@@ -33,7 +33,8 @@ def answer_all(answers: Answers, run: Run, rows: Sequence[Row], size: int) -> li
 def batched(run: Run, size: int) -> Run:
     """Returns a `run` for any number of rows: sorted by length, cut into batches of at most `size`, without idle columns.
 
-    Outputs whose second axis differs from batch to batch are filled up with zeros at its end.
+    Inputs whose first two axes are those of the attention mask have a value for each token. Outputs whose second axis differs
+    from batch to batch are filled up with zeros at its end.
     """
 
     def run_all(graph: str, arrays: Arrays) -> Arrays:
@@ -54,7 +55,7 @@ def _cut(arrays: Arrays, rows: np.ndarray, mask: np.ndarray | None) -> Arrays:
         return {name: array[rows] for name, array in arrays.items()}
     used = np.flatnonzero(mask[rows].any(axis=0))
     columns = slice(used[0], used[-1] + 1) if len(used) else slice(0, 1)
-    return {name: array[rows, columns] if array.shape == mask.shape else array[rows] for name, array in arrays.items()}
+    return {name: array[rows, columns] if array.shape[:2] == mask.shape else array[rows] for name, array in arrays.items()}
 
 
 def _in_order(outputs: list[np.ndarray], parts: list[np.ndarray]) -> np.ndarray:
@@ -74,9 +75,10 @@ def padded(run: Run, length: int, padding: dict[str, int]) -> Run:
         missing = 0 if mask is None else max(0, length - mask.shape[1])
 
         def fill(name: str, array: np.ndarray) -> np.ndarray:
-            if mask is None or array.shape != mask.shape:
+            if mask is None or array.shape[:2] != mask.shape:
                 return array
-            return np.pad(array, ((0, 0), (0, missing)), constant_values=padding.get(name, 0))
+            widths = ((0, 0), (0, missing), *((0, 0),) * (array.ndim - 2))
+            return np.pad(array, widths, constant_values=padding.get(name, 0))
 
         return run(graph, {name: fill(name, array) for name, array in arrays.items()})
 

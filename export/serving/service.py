@@ -157,10 +157,9 @@ class Service:
 
     def _check(self, arrays: Arrays) -> None:
         """Raises RequestError for token inputs that no engine can take."""
-        shapes = {array.shape for array in arrays.values()}
-        length = next(iter(shapes))[1]
+        shapes = {array.shape for array in arrays.values() if array.dtype == np.int64}
         longest = self.bundle.manifest.max_length
-        if len(shapes) > 1 or not 1 <= length <= longest:
+        if len(shapes) > 1 or not all(1 <= length <= longest for _, length in shapes):
             raise RequestError(f"token inputs must have one shape of 1 to {longest} tokens a row, not {sorted(shapes)}")
         ids_BL = arrays.get("input_ids")
         if ids_BL is not None and (ids_BL.min() < 0 or ids_BL.max() >= self._vocabulary):
