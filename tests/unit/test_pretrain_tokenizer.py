@@ -76,6 +76,9 @@ def test_a_directory_that_gives_no_tokenizer_for_pretraining_is_named(recipe, tm
 
 
 def test_a_special_token_that_only_the_loaded_tokenizer_shows_to_be_missing_is_named(recipe, tmp_path):
-    (tmp_path / "words/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    with pytest.raises(UserError, match=f"words: this tokenizer has no {', '.join(Objective.special_tokens)}, which"):
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"}
+    (tmp_path / "words/tokenizer_config.json").write_text(json.dumps(named))
+    missing = [name for name in Objective.special_tokens if name not in named]
+    assert missing
+    with pytest.raises(UserError, match=f"words: this tokenizer has no {', '.join(missing)}, which"):
         Objective.require(load_tokenizer(tmp_path / "words"))
