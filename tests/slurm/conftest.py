@@ -150,7 +150,7 @@ def submitted(bothways, recipe, tmp_path_factory):
     submit("two nodes", recipe, *TWO_NODES)
     submit("sweep", recipe, "--stage", "base", "--sweep", "base.train.learning_rate=1e-3,3e-3", "--set", "base.train.steps=2")
     submit("mistake", _with_mistake(tmp_path_factory.mktemp("mistake-recipe")))
-    submit("crash", _with_broken_weights(tmp_path_factory.mktemp("crash-recipe")), "--nodes", "2", "--processes-per-node", "1")
+    submit("crash", *_crashing(tmp_path_factory.mktemp("crash-recipe")), "--nodes", "2", "--processes-per-node", "1")
     return runs
 
 
@@ -164,13 +164,29 @@ def _with_mistake(directory):
     return recipe
 
 
-def _with_broken_weights(directory):
-    """A recipe whose first stage crashes in every rank."""
+BROKEN = """\
+import os, sys
+
+
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "engine.loop":
+            raise ZeroDivisionError("a rank that is broken")
+
+
+if "RANK" in os.environ:
+    sys.meta_path.insert(0, Broken())
+"""
+"""A sitecustomize.py with which a rank crashes in the middle of its work."""
+
+
+def _crashing(directory):
+    """Options and recipe of a run whose first stage crashes in every rank."""
     stages = {"teacher": {"finetune": finetune_section()}, "again": {"finetune": finetune_section(model="teacher")}}
-    recipe = write_recipe(directory, stages)
-    path = directory / "model/model.safetensors"
-    path.write_bytes(path.read_bytes()[:100])
-    return recipe
+    broken = directory / "broken"
+    broken.mkdir()
+    (broken / "sitecustomize.py").write_text(BROKEN)
+    return write_recipe(directory, stages), "--setup", f"export PYTHONPATH={broken}:$PYTHONPATH"
 
 
 @pytest.fixture(scope="session")
