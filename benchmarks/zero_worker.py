@@ -51,7 +51,7 @@ def memory(stage: Stage[Any]) -> None:
     count = torch.tensor(batch["count"] * processes.accumulation * processes.processes, dtype=torch.float64)
     for step in range(3):
         torch.manual_seed(step)
-        trainer.step([batch] * processes.accumulation, step, 1e-4, lambda: count)
+        trainer.step([batch] * processes.accumulation, step, lambda depth: 1e-4, lambda: count)
     record = {"peak": resident(peak=True) - before, **found.bytes()}
     stage.directory.mkdir(parents=True, exist_ok=True)
     (stage.directory / f"rank{processes.rank}.json").write_text(json.dumps(record))

@@ -24,9 +24,11 @@ from engine.config import Recipe
 from engine.data.batches import accumulation_steps
 from engine.errors import UserError
 from engine.models import checkpoint_activations
+from engine.models.dropout import cheapen
 from engine.optim import build_optimizer
 from engine.randomness import torch_seed
 from engine.train_config import Trained
+from engine.tuning import freeze_below
 from engine.zero import Host, layout_of, prepare_nvme, read_zero_config, zero_config_of
 
 Batch = dict[str, Any]
@@ -212,9 +214,13 @@ class Trainer:
         accelerator = processes.accelerator
         if processes.train.gradient_checkpointing:
             checkpoint_activations(model)
+        if processes.device.type == "cpu":
+            cheapen(model)
         model.train()  # transformers loads models for inference: without dropout, without gradient checkpointing
         module = _LossModule(model, loss, processes.precision == "bf16", processes.device.type)
-        self.engine, self.optimizer = accelerator.prepare(module, build_optimizer(module, processes.train))
+        freeze_below(model, processes.train.layers)
+        optimizer, self.depths = build_optimizer(model, processes.train)
+        self.engine, self.optimizer = accelerator.prepare(module, optimizer)
         self.model: Any = accelerator.unwrap_model(self.engine).model
         self.sharded = processes.zero_stage > 0
         """The state of the optimizer is spread over the ranks; otherwise every rank holds all of it."""
@@ -225,7 +231,7 @@ class Trainer:
         self,
         micro_batches: list[Batch],
         step: int,
-        learning_rate: float,
+        learning_rate: Callable[[int], float],
         count: Callable[[], torch.Tensor],
         largest_loss: float = math.inf,
     ) -> tuple[float, float]:
@@ -234,7 +240,7 @@ class Trainer:
         Args:
             micro_batches: this rank's share of the global batch.
             step: number of the step; with the seed it determines dropout.
-            learning_rate: of this step.
+            learning_rate: gives that of this step for weights so many places below the head.
             count: returns the valid targets of the whole step, over all ranks and micro batches, of shape (): the one divisor of
                 the loss, and not 0. Called after a forward pass, beside which the ranks sum it up.
             largest_loss: largest mean loss over all ranks whose gradient the weights may follow. A finite one makes the ranks
@@ -245,8 +251,8 @@ class Trainer:
             nothing was changed, because of a loss or gradient that is not finite or a loss that is too large.
         """
         processes = self.processes
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        for group, depth in zip(self.optimizer.param_groups, self.depths, strict=True):
+            group["lr"] = learning_rate(depth)
         # DeepSpeed averages over ranks and accumulation steps; undo that, then divide once by the true count.
         averaged = processes.processes * processes.accumulation if processes.parallel else 1
         total = torch.zeros((), device=processes.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
 import signal
@@ -88,8 +89,8 @@ class Fit:
     ) -> None:
         train = processes.train
         self.processes, self.batches, self.judge, self.save, self.directory = processes, batches, judge, save, directory
-        self.schedule = Schedule.of(train, batches.steps_per_epoch)
         self.trainer = Trainer(processes, model, loss)
+        self.schedule = Schedule.of(train, batches.steps_per_epoch, max(self.trainer.depths))
         self.trainer.seed = seed
         self.checkpoints = Checkpoints(directory / "checkpoints", processes, train.keep_checkpoints)
         self.tracker = Tracker(title, directory, self.schedule.total_steps, processes.main)
@@ -156,18 +157,19 @@ class Fit:
 
     def _step(self, state: TrainState) -> tuple[bool, str | None]:
         """One optimizer step; returns whether some rank was asked to stop, and why the update was left out if it was."""
-        processes, step, learning_rate = self.processes, state.step, self.schedule.at(state.step)
+        processes, step = self.processes, state.step
         self.checkpoints.check()
         heartbeat.beat("data", step)
         batch = self.batches.at(step + state.data_offset, processes.rank, processes.processes, processes.micro)
         agreed = processes.summing(*(sum(part[key] for part in batch) for key in ("count", "tokens")), processes.asked)
         largest = self._largest_loss(state)
-        loss, norm = self.trainer.step(batch, step, learning_rate, lambda: agreed()[0], largest)
+        rate = functools.partial(self.schedule.at, step)
+        loss, norm = self.trainer.step(batch, step, rate, lambda: agreed()[0], largest)
         count, tokens, asked = agreed().tolist()
         if count == 0:
             raise UserError(f"step {step + 1} has no valid target: the loss is undefined; look at the data or the masking")
         state.step = step + 1
-        self.window.add(loss, count, tokens, norm, learning_rate)
+        self.window.add(loss, count, tokens, norm, rate())
         return bool(asked), self._problem(loss, count, largest)
 
     def _largest_loss(self, state: TrainState) -> float:

@@ -6,17 +6,30 @@ import torch
 
 from engine.errors import UserError
 from engine.train_config import TrainConfig
+from engine.tuning import depth_of
 
 
-def build_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """Returns the optimizer that `train` names; vectors (biases, normalization weights) get no weight decay."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # ZeRO-3 has already sharded the weights here: `ds_shape` is the full one.
-    dimensions = [len(getattr(parameter, "ds_shape", parameter.shape)) for parameter in trained]
-    groups = [
-        {"params": [p for p, d in zip(trained, dimensions, strict=True) if d >= 2], "weight_decay": train.weight_decay},
-        {"params": [p for p, d in zip(trained, dimensions, strict=True) if d < 2], "weight_decay": 0.0},
-    ]
+def build_optimizer(model: torch.nn.Module, train: TrainConfig) -> tuple[torch.optim.Optimizer, list[int]]:
+    """Builds the optimizer that `train` names; vectors (biases, normalization weights) get no weight decay.
+
+    Returns:
+        (the optimizer, how many places below the head the weights of each of its groups lie). Without anything in `train` that
+        tells layers apart all of them count as 0.
+    """
+    apart = train.layer_decay < 1 or train.unfreeze > 0
+    depths = depth_of(model) if apart else {}
+    groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # ZeRO-3 has already sharded the weights here: `ds_shape` is the full one.
+            matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+            groups.setdefault((depths.get(name, 0), not matrix), []).append(parameter)
+    keys = sorted(groups)
+    settings = [{"params": groups[key], "weight_decay": 0.0 if key[1] else train.weight_decay} for key in keys]
+    return _optimizer(settings, train), [depth for depth, _ in keys]
+
+
+def _optimizer(groups: list[dict[str, object]], train: TrainConfig) -> torch.optim.Optimizer:
     if train.optimizer == "adamw_8bit":
         try:
             import bitsandbytes

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the optimizer step."""
+"""Learning-rate schedules: pure functions of the optimizer step, and of a weight's height below the head."""
 
 from __future__ import annotations
 
@@ -16,15 +16,27 @@ class Schedule:
     peak: float
     warmup_steps: int
     total_steps: int
+    layer_decay: float = 1.0
+    unfreeze_steps: int = 0
+    """Optimizer steps until the lowest weights train."""
+    lowest: int = 0
+    """Depth of the lowest weights, see `engine.tuning.depth_of`."""
 
     @classmethod
-    def of(cls, train: TrainConfig, steps_per_epoch: int) -> Schedule:
+    def of(cls, train: TrainConfig, steps_per_epoch: int, lowest: int = 0) -> Schedule:
         """Builds the schedule of `train` over data that give `steps_per_epoch` optimizer steps."""
         total = train.steps or max(1, math.ceil((train.epochs or 0) * steps_per_epoch))
-        return cls(train.schedule, train.learning_rate, round(train.warmup * total), total)
+        unfreeze = round(train.unfreeze * total)
+        return cls(train.schedule, train.learning_rate, round(train.warmup * total), total, train.layer_decay, unfreeze, lowest)
 
-    def at(self, step: int) -> float:
-        """Returns the learning rate used by optimizer step `step` (0-based)."""
+    def at(self, step: int, depth: int = 0) -> float:
+        """Returns the learning rate used by optimizer step `step` (0-based) for weights `depth` places below the head."""
+        # The head trains at once, the lowest weights last.
+        if depth and step * self.lowest < depth * self.unfreeze_steps:
+            return 0.0
+        return self._peak_at(step) * self.layer_decay**depth
+
+    def _peak_at(self, step: int) -> float:
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         if self.shape == "constant":

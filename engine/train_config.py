@@ -64,6 +64,15 @@ class TrainConfig(Strict):
     gradient_checkpointing: bool = False
     """Compute the activations of every layer again in the backward pass instead of keeping them: less memory for one more forward
     pass; losses and gradients stay the same."""
+    layers: Annotated[int, Field(ge=0)] | Literal["all"] = "all"
+    """Which part of the model is trained. all: body and head, both ways; 0: the head alone, one way, on a frozen body; a number:
+    the head and so many layers from the top."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Learning rate of a layer over that of the layer above it; the head has `learning_rate` itself, the embeddings come below
+    the lowest layer (discriminative fine-tuning, arXiv:1801.06146; ELECTRA, arXiv:2003.10555, takes 0.8 and 0.9)."""
+    unfreeze: Fraction = 0.0
+    """Share of all optimizer steps over which the layers join in, evenly and from the top (gradual unfreezing, arXiv:1801.06146);
+    0: all train from the first step. A layer that waits has learning rate 0; Adam's averages fill meanwhile."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """Replaces every dropout probability of the model; None keeps the model's own."""
     evaluate_every: Annotated[int, Field(ge=1)] | Annotated[Fraction, Field(gt=0)] | None = None

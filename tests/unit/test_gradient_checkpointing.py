@@ -36,7 +36,7 @@ def test_layers_really_run_twice(tmp_path):
         return logits.sum(), torch.tensor(8)
 
     trainer = Trainer(Processes(stage.config, stage.recipe), model, loss)
-    trainer.step([{"input_ids": torch.ones(8, 8, dtype=torch.int64)}], 0, 1e-3, lambda: torch.tensor(8.0))
+    trainer.step([{"input_ids": torch.ones(8, 8, dtype=torch.int64)}], 0, lambda depth: 1e-3, lambda: torch.tensor(8.0))
     assert len(runs) == 2
 
 
