@@ -140,7 +140,7 @@ def candidates_of(
 
     config = stage.config
     records = lineage(path) if isinstance(path, Path) else {}
-    directories = {r["stage"]: d for d, r in records.items() if r["kind"] in ("finetune", "distill", "prune")}
+    directories = {r["stage"]: d for d, r in records.items() if r["kind"] in ("finetune", "distill", "prune", "factorize")}
     if config.baseline is not None:
         directories = {str(config.baseline): Path(stage.recipe.find_model(config.baseline)), **directories}
     found = [engine]

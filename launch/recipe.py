@@ -10,6 +10,7 @@ from engine.finetune import FinetuneConfig
 from engine.pretrain import PretrainConfig
 from engine.stage import Stage
 from export.compress.distill import DistillConfig
+from export.compress.factorize import FactorizeConfig
 from export.compress.prune import PruneConfig
 from export.compress.quantize import QuantizeConfig
 from export.export import ExportConfig
@@ -33,6 +34,7 @@ KINDS = {
     "finetune": Kind("engine.finetune", FinetuneConfig, True, "a fine-tuned model"),
     "distill": Kind("export.compress.distill", DistillConfig, True, "a fine-tuned model"),
     "prune": Kind("export.compress.prune", PruneConfig, False, "a fine-tuned model"),
+    "factorize": Kind("export.compress.factorize", FactorizeConfig, False, "a fine-tuned model"),
     "quantize": Kind("export.compress.quantize", QuantizeConfig, False, "an int8 graph"),
     "export": Kind("export.export", ExportConfig, False, "a bundle"),
 }

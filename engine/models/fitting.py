@@ -126,6 +126,8 @@ def fit_tokenizer(model: Any, tokenizer: Any) -> list[str]:
     rows, needed = embeddings(model, tokenizer)
     if needed <= rows:
         return fit_padding(model, tokenizer)
+    if not isinstance(model.get_input_embeddings(), torch.nn.Embedding):
+        raise UserError(f"its tokenizer has {needed - rows} tokens more than the model: factorise the table of tokens afterwards")
     model.resize_token_embeddings(needed, mean_resizing=False)
     with torch.no_grad():
         weight_VH = model.get_input_embeddings().weight

@@ -94,8 +94,8 @@ def _fine_tuned(recipe: Recipe, reference: ModelRef, head: str, attention: str, 
     config: Any = recipe.section(reference, KINDS[kind].config)
     if kind == "pretrain":
         return _new_model(recipe, config, attention, head)
-    if kind == "prune":
-        notes.append(f"stage '{reference}' has not run: planned with the model before pruning")
+    if kind in ("prune", "factorize"):
+        notes.append(f"stage '{reference}' has not run: planned with the model before {kind[:-1]}ing")
     source = (config.student.model or config.teacher) if kind == "distill" else config.model
     build = _fine_tuned(recipe, source, head, attention, notes)
     if kind == "distill" and config.student.layers is not None:

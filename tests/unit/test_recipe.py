@@ -32,7 +32,8 @@ CHAIN = {
     "teacher": {"finetune": finetune_section(model="base")},
     "student": {"distill": distill_section("teacher", student={"layers": 1})},
     "slim": {"prune": {"model": "student", "task": TASK, "data": DATA, "heads": 2, "neurons": 32, "max_length": 32}},
-    "int8": {"quantize": {"model": "slim", "task": TASK, "data": DATA, "max_length": 32}},
+    "thin": {"factorize": {"model": "slim", "task": TASK, "data": DATA, "ffn": "90%", "max_length": 32}},
+    "int8": {"quantize": {"model": "thin", "task": TASK, "data": DATA, "max_length": 32}},
     "engine": {"export": {"model": "int8", "task": TASK, "data": DATA, "baseline": "teacher", "max_length": 32}},
 }
 
@@ -57,7 +58,8 @@ def test_stages_know_what_they_read(tmp_path):
         "teacher": ["base"],
         "student": ["teacher"],
         "slim": ["student"],
-        "int8": ["slim"],
+        "thin": ["slim"],
+        "int8": ["thin"],
         "engine": ["int8", "teacher"],
     }
 
