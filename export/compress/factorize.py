@@ -17,6 +17,7 @@ from engine.config import Fraction, ModelRef, Strict
 from engine.data.splits import DataConfig
 from engine.stage import Stage, stage_main
 from engine.tasks import AnyTask
+from export.compress.smaller import publish_model
 
 Rank = Annotated[int, Field(ge=1)] | Annotated[Fraction, Field(gt=0, lt=1)]
 """A whole number: the rank. A share (`90%`, 0.9): the smallest rank that keeps so much of the squared singular values."""
@@ -51,32 +52,18 @@ def run(stage: Stage[FactorizeConfig]) -> None:
     path = stage.recipe.find_model(config.model)
     stage.inputs  # noqa: B018 - missing inputs show before anything heavy is loaded
     from engine.data.rows import prepare_for_model
-    from engine.evaluate import evaluate
-    from engine.models import load_model, size_of
+    from engine.models import size_of
     from engine.models.fitting import load_finished
     from engine.models.structure import factorize
 
     started = time.monotonic()
     data = prepare_for_model(config, stage.recipe, path, 1)
-    task = data.task
-    model = load_finished(path, task)
+    model = load_finished(path, data.task)
     before = size_of(model)["parameters"]
     found = factorize(model, config.attention, config.ffn, config.embeddings)
     stage.begin()
-    model.config.update(task.settings())
-    model.save_pretrained(stage.output)
-    task.tokenizer.save_pretrained(stage.output)
-    # What is judged is what was saved.
-    model = load_model(stage.output, task.head)
-    metrics = data.judge(lambda rows: evaluate(model, task, rows), stage.output)
-    print(f"  {described(found)}; {before:,} parameters became {size_of(model)['parameters']:,}", flush=True)
-    stage.complete(
-        metric=task.answers.metric._asdict(),
-        metrics=metrics,
-        **size_of(model),
-        factors=[factor._asdict() for factor in found],
-        seconds={"this_run": round(time.monotonic() - started, 3)},
-    )
+    after = publish_model(stage, data, model, started, factors=[factor._asdict() for factor in found])
+    print(f"  {described(found)}; {before:,} parameters became {after:,}", flush=True)
 
 
 def described(found: list[Any]) -> str:

@@ -18,6 +18,7 @@ from engine.data.splits import DataConfig
 from engine.errors import UserError
 from engine.stage import Stage, stage_main
 from engine.tasks import AnyTask, Example, Task
+from export.compress.smaller import publish_model
 
 if TYPE_CHECKING:
     import torch
@@ -110,33 +111,18 @@ def run(stage: Stage[PruneConfig]) -> None:
     path = stage.recipe.find_model(config.model)
     stage.inputs  # noqa: B018 - missing inputs show before anything heavy is loaded
     from engine.data.rows import prepare_for_model
-    from engine.evaluate import evaluate
-    from engine.models import load_model, size_of
     from engine.models.fitting import load_finished
     from engine.models.structure import shrink
 
     started = time.monotonic()
     data = prepare_for_model(config, stage.recipe, path, config.examples)
-    task = data.task
-    model = load_finished(path, task)
-    head_scores, neuron_scores = importance(model, task, data.examples["train"])
+    model = load_finished(path, data.task)
+    head_scores, neuron_scores = importance(model, data.task, data.examples["train"])
     heads, neurons = strongest(head_scores, config.heads, "heads"), strongest(neuron_scores, config.neurons, "neurons")
     stage.begin()
     shrink(model, heads, neurons)
-    model.config.update(task.settings())
-    model.save_pretrained(stage.output)
-    task.tokenizer.save_pretrained(stage.output)
-    # What is judged is what was saved.
-    model = load_model(stage.output, task.head)
-    metrics = data.judge(lambda rows: evaluate(model, task, rows), stage.output)
     print(f"  kept {len(heads[0])} heads and {len(neurons[0])} FFN neurons in each of {len(heads)} layers", flush=True)
-    stage.complete(
-        metric=task.answers.metric._asdict(),
-        metrics=metrics,
-        **size_of(model),
-        kept={"heads": heads, "neurons": neurons},
-        seconds={"this_run": round(time.monotonic() - started, 3)},
-    )
+    publish_model(stage, data, model, started, kept={"heads": heads, "neurons": neurons})
 
 
 def main() -> None:
