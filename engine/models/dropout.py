@@ -69,7 +69,8 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain softmax attention as transformers calls it; returns (values of shape (B, Q, H, D), weights of shape (B, H, Q, K))."""
     scale = query_BHQD.shape[-1] ** -0.5 if scaling is None else scaling
-    scores_BHQK = torch.matmul(query_BHQD * scale, key_BHKD.transpose(2, 3))
+    # In the order of transformers' own: without dropout the weights that a training ends with are the same bits.
+    scores_BHQK = torch.matmul(query_BHQD, key_BHKD.transpose(2, 3)) * scale
     if attention_mask is not None:
         scores_BHQK = scores_BHQK + attention_mask
     weights_BHQK = _dropout(functional.softmax(scores_BHQK, dim=-1), dropout, module.training)
