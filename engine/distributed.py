@@ -21,6 +21,7 @@ import torch.utils._pytree
 
 from engine import heartbeat
 from engine.config import Recipe
+from engine.cpu import keep_freed_memory
 from engine.data.batches import accumulation_steps
 from engine.errors import UserError
 from engine.models import checkpoint_activations
@@ -67,6 +68,8 @@ class Processes:
         self.layout: dict[str, Any] = {}
         """Of the files that hold what ZeRO has split."""
         self.cuda = torch.cuda.is_available()
+        if not self.cuda:
+            keep_freed_memory()
         self.host = Host(self.cuda, int(os.environ.get("LOCAL_WORLD_SIZE", self.processes)), scratch)
         self.swapped_to: list[Path] = []
         self.micro, self.accumulation = accumulation_steps(train.batch_size, train.micro_batch_size, self.processes)
@@ -294,7 +297,10 @@ class Trainer:
 
     def _own_update(self) -> float:
         parameters = [parameter for parameter in self.engine.parameters() if parameter.grad is not None]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.processes.train.clip))
+        total, clip = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]), self.processes.train.clip
+        norm = float(total)
+        if not norm < clip - 1e-6:  # else torch multiplies every gradient by 1
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, total)
         if not math.isfinite(norm):
             for parameter in parameters:
                 parameter.grad = None

@@ -1,5 +1,9 @@
 """The instructions that a figure names."""
 
+import platform
+import resource
+
+import numpy as np
 import pytest
 
 from engine import cpu
@@ -24,3 +28,17 @@ def test_instructions_are_read_from_the_flags_of_the_first_processor(line, found
 def test_a_system_that_says_nothing_has_no_known_instructions(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu, "CPUINFO", tmp_path / "none")
     assert cpu.instructions() == []
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told to keep memory")
+def test_memory_that_is_freed_is_taken_again_without_new_pages():
+    cpu.keep_freed_memory()
+
+    def faults_of(megabytes=64):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        np.ones(megabytes << 17)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults_of()
+    pages = (64 << 20) // resource.getpagesize()
+    assert faults_of() < pages / 10
