@@ -74,7 +74,8 @@ def run(stage: Stage[FinetuneConfig]) -> None:
         facts = kind.learn(config.task, rows)
         return kind.in_order(facts, own) if own else facts
 
-    data = prepare_on_disk(config, stage.recipe, stage.partial / "rows", processes, tokenizer, learn)
+    stored = stage.shared("model", "initialize", "task", "data", "max_length") / "rows"
+    data = prepare_on_disk(config, stage.recipe, stored, processes, tokenizer, learn)
     task = data.task
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
     model, changes = load_fitting(path, task, random=random)

@@ -16,6 +16,7 @@ import os
 import platform
 import resource
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +31,8 @@ from engine.rank import run_rank
 
 WORK_FILE = "work.json"
 """In the working directory of a stage: what the run that it belongs to is."""
+SHARED = ".shared"
+"""In the run directory, until every stage that trains has finished: what several stages make alike."""
 
 
 def hash_directory(
@@ -69,6 +72,26 @@ def publish(source: Path, target: Path) -> None:
     source.rename(target)
     flush_entry(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def made_once(directory: Path, make: Callable[[Path], None]) -> None:
+    """Makes a directory that is complete or absent, unless it is there already; another process may make the same one meanwhile.
+
+    Args:
+        make: fills the directory that it is given.
+    """
+    if directory.exists():
+        return
+    part = directory.with_name(f"{directory.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        make(part)
+        flush(part)
+        with contextlib.suppress(OSError):  # not empty: the other process was faster
+            part.rename(directory)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def recover(directory: Path) -> None:
@@ -186,6 +209,15 @@ class Stage(Generic[Section]):
                 entry["sha256"] = digest(hash_directory(path, sha256=input_sha256)) if directory else input_sha256(path)
         return found
 
+    def shared(self, *keys: str) -> Path:
+        """Returns the directory of what follows from these keys of the section alone, whichever stage has made it.
+
+        It may be absent, and so may every entry of it; what is in it is complete (`made_once`).
+        """
+        section = self.config.model_dump(mode="json", include=set(keys))
+        inputs = {key: entry for key, entry in self.inputs.items() if key.partition(".")[0] in keys}
+        return self.recipe.directory(SHARED) / digest({"section": section, "inputs": inputs})[:32]
+
     @property
     def fingerprint(self) -> str:
         """Identity of the work: same kind, section, seed and input bytes → same fingerprint."""
@@ -271,6 +303,9 @@ class Stage(Generic[Section]):
             return
         shutil.rmtree(self.partial, ignore_errors=True)
         with contextlib.suppress(OSError):  # only when nothing else is in them
+            for directory in (*self.recipe.directory(SHARED).glob("*"), self.recipe.directory(SHARED)):
+                directory.rmdir()
+        with contextlib.suppress(OSError):
             self.partial.parent.rmdir()
             self.partial.parent.parent.rmdir()
 

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,13 +18,13 @@ from rich.table import Table
 
 from engine.config import Recipe, load_recipe
 from engine.errors import UserError, did_you_mean
-from engine.stage import Stage, digest, read_stage
+from engine.stage import SHARED, Stage, digest, read_stage
 from launch.check import check_recipe
 from launch.local import run_stage
 from launch.nodes.follow import Follower
 from launch.nodes.link import Link, Report, host_name, leading
 from launch.nodes.place import Place, Supervision
-from launch.recipe import load_stages
+from launch.recipe import KINDS, load_stages
 from launch.watchdog import NodeLife, StageError
 
 FAILURE = "failure.txt"
@@ -84,6 +85,7 @@ def run_recipe(
             link0 = context.enter_context(Link(place, recipe.runs / recipe.name, Report(NodeLife(0, host_name()), setup)))
             context.enter_context(leading(link0))
         ran = _run(chosen, restart, console, lambda stage: run_stage(stage, overrides, _indented(say), place, supervision, link0))
+        _tidy(recipe, stages)
         console.print(summary(stages, ran))
         _report(recipe, stages, bool(ran), console)
 
@@ -102,6 +104,13 @@ def _run(chosen: list[Stage[Any]], restart: bool, console: Console, run: Callabl
             run(stage)
         ran.append(stage.name)
     return ran
+
+
+def _tidy(recipe: Recipe, stages: list[Stage[Any]]) -> None:
+    """Removes what stages share once none that trains is left to make."""
+    shared = recipe.directory(SHARED)
+    if shared.exists() and all(stage.finished() for stage in stages if KINDS[stage.kind].trains):
+        shutil.rmtree(shared, ignore_errors=True)
 
 
 def _indented(say: Callable[[str], None]) -> Callable[[str], None]:

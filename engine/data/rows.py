@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from engine.data.readers import Row
 from engine.data.splits import Held, Splits, load_splits
 from engine.data.stored import RowWriter, StoredExamples, StoredRows, in_chunks, lengths_of, write_examples
 from engine.evaluate import evaluate, outputs_of, write_json, write_jsonl
-from engine.stage import publish
+from engine.stage import made_once
 from engine.tasks import Example, Facts, Task, task_class, task_of_model
 
 if TYPE_CHECKING:
@@ -135,9 +134,12 @@ def prepare_on_disk(
         UserError: a row that cannot be read or encoded; on the main rank.
     """
     kind = task_class(config.task)
+
+    def task_of(rows: Sequence[Row]) -> Task:
+        return kind(config.task, learn(rows), tokenizer, config.max_length)
+
     with ranks.main_first():
-        if not directory.exists():
-            _store(config, recipe, directory, lambda rows: kind(config.task, learn(rows), tokenizer, config.max_length), more)
+        made_once(directory, lambda part: _store(config, recipe, part, task_of, more))
     about = json.loads((directory / ABOUT).read_text())
     task = kind(config.task, about["facts"], tokenizer, config.max_length)
     task.truncated = about["truncated"]
@@ -154,19 +156,16 @@ def _store(
     task_of: Callable[[Sequence[Row]], Task],
     more: Callable[[Splits], Iterable[Row]],
 ) -> None:
-    part = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(part, ignore_errors=True)
     wanted = config.task
     rows = load_splits(
-        config.data, recipe, wanted.split_by, wanted.columns, wanted.classes_of, lambda name: RowWriter(part / name)
+        config.data, recipe, wanted.split_by, wanted.columns, wanted.classes_of, lambda name: RowWriter(directory / name)
     )
     task = task_of(rows["train"])
     for name, split in rows.items():
         every = itertools.chain(split, more(rows)) if name == "train" else iter(split)
-        write_examples((example for chunk in in_chunks(every, CHUNK) for example in task.encode(chunk)), part / name)
+        write_examples((example for chunk in in_chunks(every, CHUNK) for example in task.encode(chunk)), directory / name)
     about = {"splits": list(rows), "facts": task.facts, "truncated": task.truncated, "notes": rows.notes}
-    (part / ABOUT).write_text(json.dumps(about, ensure_ascii=False))
-    publish(part, directory)
+    (directory / ABOUT).write_text(json.dumps(about, ensure_ascii=False))
 
 
 def prepare_for_model(config: Any, recipe: Recipe, model: Path | str, train_rows: int | None = None) -> Prepared:

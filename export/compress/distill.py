@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import re
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from engine.data.cells import text_cell
 from engine.data.sources import SourceConfig, read_rows
 from engine.data.splits import DataConfig
 from engine.errors import UserError
-from engine.stage import Stage, stage_main
+from engine.stage import Stage, made_once, stage_main
 from engine.tasks import AnyTask, Example, Task
 from engine.train_config import Trained
 
@@ -205,21 +204,21 @@ def teacher_outputs(model: Any, task: Task, examples: Sequence[Example], process
 
     from engine.evaluate import outputs_of_examples
 
-    if not directory.exists():
+    if not directory.exists():  # on a file system that all ranks see alike
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=processes.precision == "bf16"):
             share = outputs_of_examples(model.to(processes.device), task, examples, processes)
         shares = processes.gather(share)
-        if processes.main:
-            part = directory.with_suffix(".tmp")
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
+
+        def write(part: Path) -> None:
             for name in task.outputs:
                 given = [(rows, outputs[name]) for rows, outputs in shares if len(rows)]
                 whole = np.zeros((len(examples), *given[0][1].shape[1:]), dtype=np.float32)
                 for rows, values in given:
                     whole[rows] = values
                 np.save(part / f"{name}.npy", whole)
-            part.rename(directory)
+
+        if processes.main:
+            made_once(directory, write)
         processes.barrier()
     return {f"{TEACHER}{name}": np.load(directory / f"{name}.npy", mmap_mode="r") for name in task.outputs}
 
@@ -256,28 +255,32 @@ def run(stage: Stage[DistillConfig]) -> None:
     if processes.main:
         stage.begin()
 
-    def read_as(reader: Task, name: str) -> Prepared:
-        more = functools.partial(transfer_rows, stage)
-        directory = stage.partial / name
-        return prepare_on_disk(config, stage.recipe, directory, processes, reader.tokenizer, lambda rows: reader.facts, more)
+    texts = ("teacher", "task", "data", "max_length", "transfer")
+    shared = stage.shared(*texts)
 
-    data = read_as(task, "rows")
-    task = data.task
-    read = data if task.tokenizer is taught.tokenizer else read_as(taught, "teacher_rows")
+    def read_as(reader: Task, directory: Path) -> Prepared:
+        more = functools.partial(transfer_rows, stage)
+        return prepare_on_disk(
+            config, stage.recipe, directory / "rows", processes, reader.tokenizer, lambda rows: reader.facts, more
+        )
+
+    alike = task is taught
+    data = read_as(task, shared if alike else stage.shared(*texts, "student"))
+    read, task = data if alike else read_as(taught, shared), data.task
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
     student, changes = load_fitting(student_path, task, attention)
     if config.student.layers is not None:
         keep_layers(student, layers_to_keep(config.student.layers, student.config.num_hidden_layers))
     if config.train.dropout is not None:
         set_dropout(student, config.train.dropout)
-    said = teacher_outputs(teacher, read.task, read.examples["train"], processes, stage.partial / "teacher")
+    said = teacher_outputs(teacher, read.task, read.examples["train"], processes, shared / f"teacher-{processes.precision}")
     matching = teacher.to(processes.device) if config.hidden or config.attention else None
     batches = LabelledBatches(data.examples["train"], task, config.train.batch_size, stage.seed, said)
     judge = judge_of(data)
     loss = DistillationLoss(config, task, matching)
     fit = Fit(processes, student, loss, batches, judge, saver(student, task.tokenizer), stage.partial, stage.name, stage.seed)
-    texts = len(data.examples["train"]) - len(data.rows["train"])
-    for note in [f"{processes.describe}; {data.describe}; {texts:,} transfer texts", *data.notes]:
+    more = len(data.examples["train"]) - len(data.rows["train"])
+    for note in [f"{processes.describe}; {data.describe}; {more:,} transfer texts", *data.notes]:
         fit.tracker.say(note)
     say_changes(fit.tracker.say, config.student.model or config.teacher, changes)
     state = fit.run()

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from engine.stage import read_stage
+from engine.stage import SHARED, read_stage
 from tests.distributed.conftest import ROOT, Bothways, succeed
 from tests.recipes import ragged_rows, write_recipe, write_rows
 from tests.unit.test_recipe import CHAIN
@@ -45,6 +45,7 @@ def test_every_stage_has_finished_and_a_second_run_skips_them_all(chain):
     before = {name: (run / name / "stage.json").read_bytes() for name in CHAIN}
     out = succeed(Bothways(recipe, run.parent))
     assert out.count("skipped, unchanged") == len(CHAIN)
+    assert not (run / SHARED).exists()
     assert {name: (run / name / "stage.json").read_bytes() for name in CHAIN} == before
 
 

@@ -11,7 +11,7 @@ import pytest
 from engine import hashes, heartbeat, rank
 from engine.config import FileRef, ModelRef, Strict, load_recipe
 from engine.errors import PREEMPTED, USER_ERROR, UserError, disk_full
-from engine.stage import Stage, discard, hash_directory, publish, read_stage
+from engine.stage import Stage, discard, hash_directory, made_once, publish, read_stage
 
 
 class CopyConfig(Strict):
@@ -317,3 +317,36 @@ def test_a_directory_that_is_discarded_loses_its_name_before_its_files(tmp_path,
         with pytest.raises(KeyboardInterrupt):
             discard(path)
     assert not path.exists()
+
+
+def test_stages_share_what_follows_from_the_same_keys_and_the_same_bytes(make, tmp_path):
+    first = make().shared("source")
+    run(make())
+    assert make("second").shared("source") == first
+    assert make("first", "first.note=other").shared("source") == first
+    assert make("first", "first.note=other").shared("source", "note") != make().shared("source", "note")
+    (tmp_path / "in.txt").write_text("two")
+    assert make().shared("source") != first
+
+
+def test_what_is_made_once_is_complete_or_absent(tmp_path):
+    def fail(part):
+        (part / "half").write_text("")
+        raise OSError(errno.ENOSPC, "full")
+
+    with pytest.raises(OSError, match="full"):
+        made_once(tmp_path / "rows", fail)
+    assert list(tmp_path.iterdir()) == []
+    made_once(tmp_path / "rows", lambda part: (part / "whole").write_text("1"))
+    made_once(tmp_path / "rows", fail)  # it is there already
+    assert [path.name for path in tmp_path.rglob("*")] == ["rows", "whole"]
+
+
+def test_of_two_that_make_the_same_at_once_the_first_to_finish_stays(tmp_path):
+    def overtaken(part):
+        (tmp_path / "rows").mkdir()
+        (tmp_path / "rows" / "first").write_text("")
+        (part / "second").write_text("")
+
+    made_once(tmp_path / "rows", overtaken)
+    assert [path.name for path in tmp_path.rglob("*")] == ["rows", "first"]
