@@ -1,5 +1,6 @@
 """The benchmark of starting: it watches the heartbeat of the first rank."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -37,6 +38,7 @@ def test_the_first_step_has_ended_when_the_second_one_begins(tmp_path, process):
     assert [phase for _, phase in start.phases] == ["start", "evaluate", "forward", "update"]
     assert start.phases[-1][0] <= start.seconds
     assert start.cpu_seconds > 0
+    assert start.memory > 1e6
 
 
 def test_a_stage_that_ends_without_a_step_is_an_error(tmp_path, process):
@@ -47,5 +49,12 @@ def test_a_stage_that_ends_without_a_step_is_an_error(tmp_path, process):
 
 
 def test_the_recipe_is_one(tmp_path):
-    (tmp_path / "recipe.yaml").write_text(startup.json.dumps(startup.RECIPE))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(startup.recipe_of(startup.SMALL)))
     assert [stage.name for stage in load_stages(load_recipe(tmp_path / "recipe.yaml"))] == ["small"]
+
+
+def test_made_up_rows_are_all_different(tmp_path):
+    startup.write_rows(tmp_path / "rows.jsonl", [{"text": "a", "label": "0"}, {"text": "b", "label": "1"}], 5)
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert len(set(lines)) == len(lines) == 5
+    assert json.loads(lines[3]) == {"text": "3 b", "label": "1"}
