@@ -101,15 +101,18 @@ def median_interval(values_R: np.ndarray) -> Interval:
     return Interval(float(np.median(values)), float(values[low]), float(values[high]))
 
 
-def bootstrap_metrics(metrics: Callable[[np.ndarray], dict[str, float]], n: int, seed: int = 0) -> dict[str, Interval]:
+def bootstrap_metrics(
+    metrics: Callable[[np.ndarray], dict[str, float]], n: int, seed: int = 0, resamples: int | None = None
+) -> dict[str, Interval]:
     """Any metrics over examples, with the bootstrap's percentile interval (Efron and Tibshirani 1993, ch. 13).
 
     Args:
         metrics: returns the metrics over the examples with the given numbers, shape (N,), each as often as it comes.
         n: examples, at least one.
         seed: of the resampling.
+        resamples: how many; None: as METRIC_EXAMPLES says.
     """
-    resamples = min(METRIC_RESAMPLES[1], max(METRIC_RESAMPLES[0], METRIC_EXAMPLES // n))
+    resamples = resamples or min(METRIC_RESAMPLES[1], max(METRIC_RESAMPLES[0], METRIC_EXAMPLES // n))
     draw = generator(seed, "metrics bootstrap")
     drawn = [metrics(draw.integers(n, size=n)) for _ in range(resamples)]
     return {name: _percentile(value, np.array([found[name] for found in drawn])) for name, value in metrics(np.arange(n)).items()}

@@ -69,6 +69,8 @@ class PretrainConfig(Trained):
             )
         if not self.data.validation:
             raise ValueError("data.validation is needed to measure the loss: give a file or a share such as 2%")
+        if self.data.slices:
+            raise ValueError("data.slices: pretraining judges no single rows: say it in the stage that fine-tunes")
         return self
 
 

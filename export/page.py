@@ -9,6 +9,7 @@ from typing import Any
 from engine.errors import UserError
 from engine.intervals import Interval
 from export import plots
+from export.insight import insight_of
 from export.report import Run, Score, bundle_identity, drop_of, judged, read_history, read_run, replay_recipe
 
 REPORT_FILE = "report.html"
@@ -25,8 +26,16 @@ def write_report(run_dir: Path | str) -> Path:
         UserError: as `read_run`, or the page cannot be written.
     """
     run = read_run(Path(run_dir))
-    html = render(run)
-    target = run.directory / REPORT_FILE
+    return write_page(run.directory / REPORT_FILE, REPORT_FILE, report_values(run))
+
+
+def write_page(target: Path, template: str, values: dict[str, Any]) -> Path:
+    """Writes a page from a template of this directory, complete or not at all, and returns its path.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    html = _templates().get_template(template).render(**values)
     part = target.with_suffix(".tmp")
     try:
         part.write_text(html, encoding="utf-8")
@@ -37,8 +46,7 @@ def write_report(run_dir: Path | str) -> Path:
     return target
 
 
-def render(run: Run) -> str:
-    """Returns the page."""
+def _templates() -> Any:
     import jinja2
 
     environment = jinja2.Environment(
@@ -49,7 +57,12 @@ def render(run: Run) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(megabytes=megabytes, count=count, duration=duration, interval=interval)
-    return environment.get_template("report.html").render(
+    return environment
+
+
+def report_values(run: Run) -> dict[str, Any]:
+    """Returns what the page of a run shows."""
+    return dict(
         run=run,
         name=next(iter(run.stages.values()))["recipe"],
         headline=headline(run),
@@ -61,6 +74,7 @@ def render(run: Run) -> str:
         ),
         f1=any("f1_macro" in r["metrics"] for r in rows),
         figures=figures(run),
+        insight=insight_of(run),
         curves=training_curves(run),
         engines=engines(run),
         versions=versions(run),
@@ -135,7 +149,7 @@ def tiles(run: Run) -> Figures:
     if score:
         value, _, unit = score.shown.partition(" ")
         rows = f"{score.split}, n\u00a0=\u00a0{record['metrics'][score.split]['examples']:,.0f}"
-        detail = f"{interval(score.interval)} · {rows}" if score.counted else rows
+        detail = f"{interval(score.interval)} · {rows}" if score.bounded else rows
         tile(f"{score.name.capitalize()} of {record['stage']}", value, unit, detail)
     comparison = record.get("comparison") or {}
     baseline = comparison.get("baseline")
@@ -225,9 +239,7 @@ def figures(run: Run) -> Figures:
     steps = [(name, on_split[name]) for name in chain if name in on_split]
     beside = [(name, value) for name, value in on_split.items() if name not in chain]
     if last and steps:
-        caption = (
-            f"{_meaning(last)} Bars: change from the stage before{'; whiskers: Wilson 95 % intervals' if last.counted else ''}."
-        )
+        caption = f"{_meaning(last)} Bars: change from the stage before{'; whiskers: 95 % intervals' if last.bounded else ''}."
         drawn = plots.waterfall(steps, True, "chain", axis, last.higher_is_better)
         found.append(_figure(f"{last.name.capitalize()} along the chain", caption, drawn))
     sizes = [(name, run.stages[name]["weight_bytes"]) for name in chain if run.stages[name].get("weight_bytes")]

@@ -257,3 +257,84 @@ def curves(
         panels[-1].set_xlabel("optimizer step")
 
     return _draw(f"curves {name}", f"Training of {name}", NARROW, 2.9 if values else 2.2, paint)
+
+
+def dots(name: str, axis: str, groups: Sequence[tuple[str, Interval, int, bool]]) -> str:
+    """A value with its interval for each (label, interval, rows, is marked); 0 rows are not written."""
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.grid(axis="x")
+        _rows(axes, [_short(label) for label, *_ in groups])
+        right = max(interval.high for _, interval, _, _ in groups)
+        for row, (_, interval, rows, marked) in enumerate(groups):
+            colour = LOSS if marked else ACCENT
+            _whisker(axes, row, interval, colour if marked else MUTED)
+            axes.plot(interval.value, row, "D" if marked else "o", color=colour, markersize=5, markeredgecolor=PAPER)
+            _beside(axes, right, row, f"{interval.value:.4g}" + (f" (n = {rows:,})" if rows else ""))
+        axes.set_xlabel(f"{axis}, 95 % interval")
+
+    return _draw(name, f"{axis} of each group", WIDE, 0.6 + ROW * len(groups), paint)
+
+
+def counted(name: str, axis: str, bars: Sequence[tuple[str, int]]) -> str:
+    """A bar for each (label, number)."""
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.grid(axis="x")
+        _rows(axes, [_short(label, 44) for label, _ in bars])
+        for row, (_, number) in enumerate(bars):
+            axes.barh(row, number, height=0.62, color=SECOND)
+            _beside(axes, number, row, f"{number:,}")
+        axes.set_xlabel(axis)
+
+    return _draw(name, f"{axis} of each", WIDE, 0.6 + ROW * len(bars), paint)
+
+
+def confusion(labels: Sequence[str], counts: Sequence[tuple[int, int, int]]) -> str:
+    """The confusion matrix of (true, given, rows): its numbers over shades of the share of the true class."""
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        totals = [sum(rows for true, _, rows in counts if true == label) for label in range(len(labels))]
+        for true, given, rows in counts:
+            share = rows / totals[true]
+            place = (given - 0.5, true - 0.5)
+            colour = ACCENT if true == given else LOSS
+            axes.add_patch(_rectangle(place, colour, 0.12 + 0.5 * share))
+            axes.text(given, true, f"{rows:,}", ha="center", va="center", fontsize=7.5 if len(labels) <= 12 else 5)
+        names = [_short(label, 18) for label in labels]
+        axes.set_xticks(range(len(labels)), names, rotation=0 if len(labels) <= 4 else 90)
+        axes.set_yticks(range(len(labels)), names)
+        axes.set_xlim(-0.5, len(labels) - 0.5)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.set_xlabel("answered")
+        axes.set_ylabel("true")
+
+    return _draw("confusion", "Confusion matrix", WIDE, 1.2 + 0.3 * max(4, len(labels)), paint)
+
+
+def _rectangle(place: tuple[float, float], colour: str, alpha: float) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(place, 1, 1, facecolor=colour, alpha=alpha, edgecolor="none")
+
+
+def scatter(name: str, pairs: Sequence[Sequence[float]]) -> str:
+    """Answered over true numbers, with the line on which both are equal."""
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.grid()
+        ends = [min(map(min, pairs)), max(map(max, pairs))]
+        axes.plot(ends, ends, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+        axes.plot(*zip(*pairs, strict=True), "o", color=ACCENT, markersize=2.5, alpha=0.4, markeredgewidth=0)
+        axes.set_xlabel("true")
+        axes.set_ylabel("answered")
+
+    return _draw(name, "Answered over true numbers", WIDE, 3.0, paint)
+
+
+def _short(label: str, characters: int = 28) -> str:
+    return label if len(label) <= characters else label[: characters - 1] + "…"

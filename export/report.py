@@ -65,7 +65,8 @@ class Run:
         found = [name]
         while True:
             upstream = self.upstream(found[0])
-            before = next((upstream[key] for key in BODY_KEYS if key in upstream), None)
+            chosen = self.stages[found[0]].get("chosen")
+            before = chosen if chosen in self.stages else next((upstream[key] for key in BODY_KEYS if key in upstream), None)
             if before is None:
                 return found
             found.insert(0, before)
@@ -159,11 +160,16 @@ class Score(NamedTuple):
 
     split: str
     interval: Interval
-    """Of a metric that is no share of right examples: the value alone, thrice."""
+    """The value alone, thrice, where no interval was kept."""
     name: str
     unit: str
     counted: bool
     higher_is_better: bool
+
+    @property
+    def bounded(self) -> bool:
+        """There is an interval."""
+        return self.interval.low < self.interval.high
 
     @property
     def shown(self) -> str:
@@ -172,12 +178,13 @@ class Score(NamedTuple):
 
 
 def interval_of(metrics: dict[str, float], metric: dict[str, Any]) -> Interval | None:
-    """Returns a split's metric, with its Wilson interval where it is a share of right examples in percent."""
-    value = metrics.get(metric["name"])
+    """Returns a split's metric: with Wilson's interval where it is a share of right examples, else with the one that was kept."""
+    name = metric["name"]
+    value = metrics.get(name)
     if value is None:
         return None
     if not metric["counted"]:
-        return Interval(value, value, value)
+        return Interval(value, metrics.get(f"{name}_low", value), metrics.get(f"{name}_high", value))
     examples = int(metrics["examples"])
     return accuracy_interval(np.arange(examples) < round(value / 100 * examples))
 

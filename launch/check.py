@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from engine.data.batches import accumulation_steps
 from engine.data.cells import Cell, text_cell
 from engine.data.sources import SourceConfig, SourceRows
 from engine.errors import UserError
+from engine.judging import require_column
 from engine.models import positions_of
 from engine.models.facts import ModelFiles
 from engine.pretrain import PretrainConfig
@@ -73,7 +75,7 @@ def _check_data(stage: Stage[Any], looked_at: dict[str, set[str]], tell: Callabl
     """
     found: set[str] = set()
     for source, columns in _sources(stage.config):
-        question = repr((source, columns, getattr(stage.config, "task", None)))
+        question = repr((source, columns, getattr(stage.config, "task", None), stage.config.data.slices))
         if question not in looked_at:
             looked_at[question] = _check_rows(stage, source, columns, tell)
         found |= looked_at[question]
@@ -83,10 +85,9 @@ def _check_data(stage: Stage[Any], looked_at: dict[str, set[str]], tell: Callabl
 def _sources(config: Any) -> list[tuple[SourceConfig, dict[str, Cell]]]:
     """Returns every file of rows with the columns that its rows must fill."""
     columns = config.task.columns if hasattr(config, "task") else {config.text: text_cell}
-    sources = [(part, columns) for part in (config.data.train, config.data.validation, config.data.test)]
     transfer = getattr(config, "transfer", None)
-    sources += [(transfer, {transfer.text: text_cell})] if transfer else []
-    return [(part, columns) for part, columns in sources if isinstance(part, SourceConfig)]
+    more = [(transfer, {transfer.text: text_cell})] if transfer else []
+    return [(part, columns) for part in config.data.sources] + more
 
 
 def _check_rows(stage: Stage[Any], source: SourceConfig, columns: dict[str, Cell], tell: Callable[[str], None]) -> set[str]:
@@ -99,8 +100,12 @@ def _check_rows(stage: Stage[Any], source: SourceConfig, columns: dict[str, Cell
     task = getattr(stage.config, "task", None)
     if task is None or source is getattr(stage.config, "transfer", None):
         return set()
-    if source is stage.config.data.train:
+    data = stage.config.data
+    if source is data.train:
         task.check_rows(found, rows.complete)
+    if source is not data.train or data.cut:
+        for row, column in itertools.product(found, data.slices):
+            require_column(row, column, f"{row.path}:{row.line}: ")
     return {str(name) for row in found for name in task.classes_of(row)}
 
 

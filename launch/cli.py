@@ -1,4 +1,4 @@
-"""The command line: `bothways new|run|launch|check|plan|resume-check|predict|evaluate|serve|verify|report|benchmark|doctor`.
+"""The command line: `bothways new|run|launch|check|plan|resume-check|predict|evaluate|serve|verify|report|doctor|…`.
 
 Everything heavy is imported inside the commands: `bothways --help` and `bothways check` load neither torch nor transformers.
 """
@@ -20,7 +20,7 @@ from engine.errors import USER_ERROR, UserError, disk_full
 from engine.terminal import ReaderGone, printing
 from launch import cli_cluster as cluster
 from launch import cli_data
-from launch.cli_data import Engine, Json, Threads
+from launch.cli_data import Engine, Json, LayoutOption, Threads
 from launch.nodes.place import HEARTBEAT_LIMIT, PORT
 from launch.slurm import MAX_REQUEUES, SIGNAL_BEFORE
 
@@ -239,13 +239,21 @@ def plan(
 
 @app.command(
     epilog='Examples: `bothways predict runs/demo/engine "a fine film"` · `cat texts.txt | bothways predict runs/demo/engine` · '
-    "`bothways predict runs/demo/engine --input rows.jsonl --output predictions.jsonl`"
+    "`bothways predict runs/demo/engine --input rows.jsonl --output predictions.jsonl` · "
+    "`bothways predict runs/cola/engine --input test.tsv --output CoLA.tsv --fields index,prediction=label`"
 )
 def predict(
     bundle: BundlePath,
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="Texts; none: lines of stdin.")] = [],  # noqa: B006
     source: Annotated[Path | None, typer.Option("--input", metavar="FILE", help="Rows: JSON, CSV, text, ….")] = None,
     target: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="Write JSON lines there.")] = None,
+    fields: Annotated[
+        str | None,
+        typer.Option(metavar="A,B=C", help="Write a table of these, as in index,prediction=label.", show_default=False),
+    ] = None,
+    expected: Annotated[int | None, typer.Option("--rows", min=1, help="Refuse a file of another number of rows.")] = None,
+    layout: LayoutOption = [],  # noqa: B006
+    empty: Annotated[bool, typer.Option("--empty", help="Answer rows with an empty text, too.")] = False,
     as_json: Json = False,
     engine: Engine = None,
     threads: Threads = None,
@@ -255,7 +263,9 @@ def predict(
     from launch.predict import find_bundle
     from launch.predict import predict as predict_rows
 
-    predict_rows(Bundle.open(find_bundle(bundle), engine=engine, threads=threads), texts, source, target, as_json)
+    opened = Bundle.open(find_bundle(bundle), engine=engine, threads=threads)
+    options: dict[str, Any] = {"fields": fields, "expected": expected, "layout": layout, "empty": empty}
+    predict_rows(opened, texts, source, target, as_json, **options)
 
 
 @app.command(epilog="Example: `bothways serve runs/demo/engine --http-port 8000 --grpc-port 8001`")

@@ -10,6 +10,10 @@ import typer
 
 Engine = Annotated[str | None, typer.Option(help="onnxruntime, tensorrt or tensorrt_rtx.", show_default="onnxruntime")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of the engine.", show_default="one per core")]
+LayoutOption = Annotated[
+    list[str],
+    typer.Option("--layout", metavar="KEY=VALUE", help="How the files are laid out, as in quoting=none.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
@@ -52,6 +56,11 @@ def evaluate(
     target: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="Write the predictions there as JSON lines.")
     ] = None,
+    slices: Annotated[
+        list[str],
+        typer.Option("--slice", metavar="COLUMN", help="Judge each value apart; `length`: by tokens.", show_default=False),
+    ] = [],  # noqa: B006
+    layout: LayoutOption = [],  # noqa: B006
     max_length: Annotated[int | None, typer.Option(min=4, help="Tokens of a row.", show_default="as in training")] = None,
     engine: Engine = None,
     threads: Threads = None,
@@ -61,7 +70,7 @@ def evaluate(
     from launch.evaluate import evaluate as judge
     from launch.evaluate import table, write_predictions
 
-    report, predictions = judge(model, data, overrides, max_length, engine, threads)
+    report, predictions = judge(model, data, overrides, max_length, engine, threads, slices, layout)
     if target is not None:
         write_predictions(target, predictions)
     print(json.dumps(report, indent=1) if as_json else table(report))

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from engine.answers import Answer, Answers, Row
 from engine.config import Recipe
 from engine.data.sources import PlacedRow, SourceConfig, SourceRows
 from engine.errors import UserError, did_you_mean
-from engine.intervals import Interval, accuracy_interval, bootstrap_metrics
+from engine.judging import intervals_of, judge_slices, require_column
 from engine.models import positions_of
 from engine.models.facts import ModelFiles
 from engine.problems import load_section
 from engine.stage import read_stage
 from engine.tasks import REGISTRY, TaskConfig
+from launch.pairs import LAYOUT, pairs
 
 MAX_LENGTH = 128
 """Tokens of a row where neither a stage.json nor the command says otherwise; that of a recipe."""
@@ -37,7 +36,14 @@ class Subject:
 
 
 def evaluate(
-    path: Path, data: list[str], settings: list[str], max_length: int | None, engine: str | None, threads: int | None
+    path: Path,
+    data: list[str],
+    settings: list[str],
+    max_length: int | None,
+    engine: str | None,
+    threads: int | None,
+    slices: Sequence[str] = (),
+    layout: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Judges a model on labelled rows.
 
@@ -48,16 +54,24 @@ def evaluate(
         max_length: tokens of a row; None: as in training. A bundle has its own.
         engine: of a bundle.
         threads: of ONNX Runtime.
+        slices: columns by whose values the rows are judged apart, and `length`.
+        layout: `key=value` of how the files are laid out, as in `quoting=none`.
 
     Returns:
-        ({"model", "data", "rows", "metrics": {name: {"value", "low", "high"}}}, the predictions).
+        ({"model", "data", "rows", "metrics": {name: {"value", "low", "high"}}, "metric": that of the task, "slices": see
+        `judge_slices`}, the predictions).
 
     Raises:
         UserError: no model that can be judged, or rows that cannot be read or hold classes that it does not know.
     """
-    subject = open_subject(path, _pairs(settings), max_length, engine, threads)
-    rows = SourceRows(load_section(SourceConfig, {"path": data}, "DATA"), Recipe.here(), subject.config.columns)
-    found: list[Row] = list(rows)
+    subject = open_subject(path, pairs(settings, "--set", "text=review --set label=stars"), max_length, engine, threads)
+    source = load_section(SourceConfig, {**pairs(layout, *LAYOUT), "path": data}, "DATA")
+    rows = SourceRows(source, Recipe.here(), subject.config.columns)
+    found: list[Row] = []
+    for row in rows:
+        for column in slices:
+            require_column(row, column, f"{row.path}:{row.line}: ")
+        found.append(row)
     _require_known(subject, found)
     given = subject.respond(found)
     report = {
@@ -65,22 +79,12 @@ def evaluate(
         "engine": subject.name,
         "data": rows.describe,
         "rows": len(found),
-        "metrics": {name: interval._asdict() for name, interval in judged(subject.answers, given, found).items()},
+        "metrics": {name: interval._asdict() for name, interval in intervals_of(subject.answers, given, found).items()},
+        "metric": subject.answers.metric._asdict(),
+        "slices": judge_slices(subject.answers, given, found, slices),
     }
     records = [_record(subject.answers, answer, row) for answer, row in zip(given, found, strict=True)]
     return report, records
-
-
-def judged(answers: Answers, given: list[Answer], rows: list[Row]) -> dict[str, Interval]:
-    """Returns every metric with its 95 % interval: Wilson's for a share of right rows, else the bootstrap's over rows."""
-
-    def metrics(chosen_N: np.ndarray) -> dict[str, float]:
-        return answers.metrics([given[index] for index in chosen_N], [rows[index] for index in chosen_N])
-
-    found = bootstrap_metrics(metrics, len(rows))
-    if answers.metric.counted:
-        found[answers.metric.name] = accuracy_interval(answers.right(given, rows))
-    return {name: interval for name, interval in found.items() if name != "examples"}
 
 
 def open_subject(path: Path, changes: dict[str, Any], max_length: int | None, engine: str | None, threads: int | None) -> Subject:
@@ -158,14 +162,6 @@ def _config(task: dict[str, Any]) -> TaskConfig:
     return load_section(REGISTRY.module(str(task["type"])).Config, task, "--set")
 
 
-def _pairs(settings: list[str]) -> dict[str, Any]:
-    pairs = [setting.partition("=") for setting in settings]
-    for key, equals, _ in pairs:
-        if not key or not equals:
-            raise UserError(f"--set {key}: write it as key=value, as in --set text=review --set label=stars")
-    return {key: json.loads(value) if value.startswith(("{", "[")) else value for key, _, value in pairs}
-
-
 def _require_known(subject: Subject, rows: list[Row]) -> None:
     """Raises UserError when a row is of a class that the model has never heard of."""
     labels = subject.answers.labels
@@ -204,5 +200,21 @@ def table(report: dict[str, Any]) -> str:
     metrics = report["metrics"]
     width = max(map(len, metrics))
     lines = [f"{report['model']} ({report['engine']})", *report["data"], f"{report['rows']:,} rows; 95 % intervals"]
-    lines += [f"{name:<{width}}  {m['value']:8.4g}  {m['low']:.4g} to {m['high']:.4g}" for name, m in metrics.items()]
+    lines += [f"{name:<{width}}  {_shown(metric)}" for name, metric in metrics.items()]
+    for column, found in report["slices"].items():
+        lines += ["", f"{report['metric']['name']} by {column}", *_slice_lines(found, report["metric"]["name"])]
     return "\n".join(lines)
+
+
+def _shown(metric: dict[str, float]) -> str:
+    return f"{metric['value']:8.4g}  {metric['low']:.4g} to {metric['high']:.4g}"
+
+
+def _slice_lines(found: dict[str, Any], name: str) -> Iterator[str]:
+    """Yields a line for every group, and one for the group that is worse than the rest."""
+    width = max(len(group["value"]) for group in found["groups"])
+    for group in found["groups"]:
+        yield f"{group['value']:<{width}}  {_shown(group['metrics'][name])}  n={group['rows']:,}"
+    if worst := found["worst"]:
+        rest = worst["rest"]
+        yield f"worse than the rest: {worst['value']} (all others: {rest['value']:.4g}, {rest['low']:.4g} to {rest['high']:.4g})"

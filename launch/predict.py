@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import io
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from engine.data.cells import CellError, text_cell
-from engine.data.sources import parse_file
+from engine.data.readers import FormatConfig, find_layout
 from engine.errors import UserError
+from engine.problems import load_section
 from engine.terminal import speaks_unicode
+from launch.fields import Fields
+from launch.pairs import LAYOUT, pairs
 
 if TYPE_CHECKING:
     from export.serving.bundle import Bundle
@@ -41,7 +45,18 @@ def find_bundle(path: Path) -> Path:
     raise UserError(f"{path}: not a bundle{hint}")
 
 
-def predict(bundle: Bundle, texts: list[str], source: Path | None, target: Path | None, as_json: bool) -> None:
+def predict(
+    bundle: Bundle,
+    texts: list[str],
+    source: Path | None,
+    target: Path | None,
+    as_json: bool,
+    *,
+    fields: str | None = None,
+    expected: int | None = None,
+    layout: Sequence[str] = (),
+    empty: bool = False,
+) -> None:
     """Predicts every row and writes one line for each.
 
     Args:
@@ -49,24 +64,42 @@ def predict(bundle: Bundle, texts: list[str], source: Path | None, target: Path 
         texts: what to predict; with none and no `source`, the lines of standard input.
         source: a file of rows in any format that `engine.data.readers` knows; all of it is checked before the first prediction.
         target: where to write, complete or not at all; None: standard output.
-        as_json: JSON lines instead of text; a `target` is always written so.
+        as_json: JSON lines instead of text; a `target` is always written so, unless there are `fields`.
+        fields: write a table of these, see `launch.fields.Fields`.
+        expected: so many rows the file must have.
+        layout: `key=value` of how the file is laid out.
+        empty: answer rows with an empty text, too.
 
     Raises:
         UserError: a malformed line or a row without text; names file and line.
     """
     if texts and source:
         raise UserError("give either texts or --input, not both")
+    if source is None and (layout or expected is not None):
+        raise UserError("--layout and --rows are about a file: give --input")
+    if fields and as_json:
+        raise UserError("--fields writes a table: leave out --json")
+    table = Fields(fields, target) if fields else None
+    read = functools.partial(_checked, bundle, source, load_section(FormatConfig, pairs(layout, *LAYOUT), "--layout"), empty)
     first = next(iter(bundle.answers.columns))
-    total = sum(1 for _ in _checked(bundle, source)) if source else len(texts) or None
+    total = sum(1 for _ in read()) if source else len(texts) or None
     if total == 0:
         raise UserError(f"{source}: no rows")
-    rows: Iterable[Row] = _checked(bundle, source) if source else ({first: text} for text in texts or _lines(sys.stdin))
+    if expected is not None and total != expected:
+        raise UserError(f"{source}: {total:,} rows, and --rows says {expected:,}: this is another file, or a part of it")
+    rows: Iterable[Row] = read() if source else ({first: text} for text in texts or _lines(sys.stdin))
     # A person who types wants an answer after every line.
     size = 1 if not texts and not source and sys.stdin.isatty() else CHUNK
+    numbers = itertools.count()
     with _output(target) as file, _progress(total) as advance:
+        if table:
+            print(table.header, file=file)
         while chunk := list(itertools.islice(rows, size)):
             for row, prediction in zip(chunk, bundle.predict(chunk), strict=True):
-                print(_line(bundle, row, prediction, as_json or target is not None, speaks_unicode(file)), file=file)
+                if table:
+                    print(table.line(next(numbers), row, prediction), file=file)
+                else:
+                    print(_line(bundle, row, prediction, as_json or target is not None, speaks_unicode(file)), file=file)
             file.flush()
             advance(len(chunk))
 
@@ -89,20 +122,21 @@ def _lines(stream: IO[str]) -> Iterator[str]:
         ) from None
 
 
-def _checked(bundle: Bundle, source: Path | None) -> Iterator[Row]:
+def _checked(bundle: Bundle, source: Path | None, options: FormatConfig, empty: bool) -> Iterator[Row]:
     assert source is not None
     if not source.is_file():
         raise UserError(f"{source}: no such file")
-    for line, row in parse_file(source):
+    for line, row in find_layout(source, options).rows():
         for key, column in bundle.answers.columns.items():
             found = column if column in row else key
             try:
                 text = text_cell(row.get(found))
             except CellError as error:
                 raise UserError(f"{source}:{line}: column '{found}' {error}") from None
-            if text is None:
-                raise UserError(f"{source}:{line}: no text in column '{column}'")
-            row[found] = text
+            if text is None and not (empty and found in row):
+                more = ": fill it, or answer such rows, too (--empty)" if found in row else ""
+                raise UserError(f"{source}:{line}: no text in column '{column}'{more}")
+            row[found] = text or ""
         yield row
 
 

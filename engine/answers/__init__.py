@@ -14,7 +14,7 @@ import importlib
 import importlib.metadata
 import pkgutil
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,8 @@ GROUP = "bothways.answers"
 """Entry points of packages that bring tasks of their own: name of the task → module of its answering half."""
 MODEL = "model"
 """Name of the graph of a task with a single forward pass."""
+CHUNK = 1024
+"""Rows that are tokenized at a time where only their lengths are wanted."""
 
 
 class RowError(ValueError):
@@ -124,6 +126,29 @@ class Answers(abc.ABC):
     def right(self, answers: list[Answer], rows: Sequence[Row]) -> np.ndarray:
         """Says of every row whether it was answered right, shape (N,); only where `metric.counted`."""
         raise NotImplementedError
+
+    off_by: ClassVar[str] = ""
+    """What `wrongness` measures, in words."""
+
+    def wrongness(self, answers: list[Answer], rows: Sequence[Row]) -> np.ndarray:
+        """Returns how wrong each answer is, shape (N,): 0 where it is right, and the larger the worse.
+
+        By default 1 for a wrong answer where answers are right or wrong, else 0.
+        """
+        return 1.0 - self.right(answers, rows) if self.metric.counted else np.zeros(len(rows))
+
+    def confusion(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, Any] | None:
+        """Returns what is taken for what: {"labels": names, "counts": [[true, given, rows], …] by number}; None: nothing."""
+        return None
+
+    def points(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        """Returns {name: true and given numbers, shape (N, 2)} where answers are numbers; nothing by default."""
+        return {}
+
+    def lengths(self, rows: Sequence[Row]) -> np.ndarray:
+        """Returns the tokens of each row as the model reads it, shape (N,)."""
+        chunks = [self.prepare(rows[start : start + CHUNK]) for start in range(0, len(rows), CHUNK)]
+        return np.concatenate([np.asarray(arrays["attention_mask"]).sum(axis=1) for arrays in chunks])
 
     def agreement(self, answers: list[Answer], others: list[Answer]) -> float:
         """Returns how far two models answer the same, between 0 and 1: the share of equal answers."""

@@ -72,6 +72,17 @@ class Answers(TextAnswers):
         """Returns precision, recall, F1 in percent and the number of rows of each class."""
         return class_counts(*self._numbers(answers, rows), len(self.labels)).table(self.labels)
 
+    off_by = "probability of the wrong label"
+
+    def wrongness(self, answers: list[Answer], rows: Sequence[Row]) -> np.ndarray:
+        """Returns the probability of the label that was given, 0 where it is right."""
+        return np.where(self.right(answers, rows), 0.0, [answer["score"] for answer in answers])
+
+    def confusion(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, Any]:
+        predicted_N, truth_N = self._numbers(answers, rows)
+        pairs, counts = np.unique(np.stack([truth_N, predicted_N]), axis=1, return_counts=True)
+        return {"labels": self.labels, "counts": np.vstack([pairs, counts]).T.tolist()}
+
     def _numbers(self, answers: list[Answer], rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ids of the predicted and of the true classes, shape (N,) each."""
         number = {label: index for index, label in enumerate(self.labels)}

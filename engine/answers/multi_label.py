@@ -83,8 +83,21 @@ class Answers(TextAnswers):
         }
 
     def table(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-        """Returns precision, recall, F1 in percent and the number of rows of each label."""
-        return self._counts(answers, rows).table(self.labels)
+        """Returns precision, recall, F1 in percent, the number of rows of each label, and how often it is wrong and missed."""
+        counts = self._counts(answers, rows)
+        errors = zip(counts.predicted - counts.both, counts.true - counts.both, strict=True)
+        return {
+            label: {**figures, "wrong": float(wrong), "missed": float(missed)}
+            for (label, figures), (wrong, missed) in zip(counts.table(self.labels).items(), errors, strict=True)
+        }
+
+    off_by = "distance of the worst label's probability from the truth"
+
+    def wrongness(self, answers: list[Answer], rows: Sequence[Row]) -> np.ndarray:
+        """Returns how far the probability of the worst wrong or missed label lies from 0 or 1; 0 where all labels are right."""
+        truth_NC = self._true(rows)
+        off_NC = np.where(self._given(answers) == truth_NC, 0.0, np.abs(truth_NC - self._scores(answers)))
+        return off_NC.max(axis=1, initial=0.0)
 
     def right(self, answers: list[Answer], rows: Sequence[Row]) -> np.ndarray:
         return (self._given(answers) == self._true(rows)).all(axis=1)

@@ -20,7 +20,7 @@ EQUAL = 0.25
 
 
 class Answers(TextAnswers):
-    """Numbers for a text or a pair of texts. Facts: `label`, and `mean` and `sd` of each column, over the training rows."""
+    """Numbers for a text or a pair of texts. Facts: `label`, `bounds`; of each column `mean` and `sd` in the training rows."""
 
     METRICS = {
         "pearson": Metric("pearson", unit=""),
@@ -38,8 +38,10 @@ class Answers(TextAnswers):
             raise ValueError("mean and sd must be numbers for each column, sd above 0")
 
     def answer(self, run: Run, rows: Sequence[Row]) -> list[Answer]:
-        """Returns {"values": {column: number}} of each row."""
+        """Returns {"values": {column: number}} of each row, none beyond `bounds`."""
         values_NK = self.mean_K + self.sd_K * run(MODEL, self.prepare(rows))[OUTPUT].astype(np.float64)
+        if self.facts.get("bounds"):
+            values_NK = np.clip(values_NK, *self.facts["bounds"])
         return [{"values": dict(zip(self.numbers, digits(values_K), strict=True))} for values_K in values_NK]
 
     def truth(self, row: Row) -> list[float] | None:
@@ -68,6 +70,18 @@ class Answers(TextAnswers):
             for name, values in each.items():
                 found |= {f"{name}_{column}": float(value) for column, value in zip(self.numbers, values, strict=True)}
         return {**found, "loss": float(((off_NK / self.sd_K) ** 2).mean()), "examples": len(rows)}
+
+    off_by = "standard deviations off"
+
+    def wrongness(self, answers: list[Answer], rows: Sequence[Row]) -> np.ndarray:
+        """Returns by how many standard deviations of the training rows the worst number of a row is off."""
+        truth_NK = np.array([self.truth(row) for row in rows])
+        return np.abs((self._numbers(answers) - truth_NK) / self.sd_K).max(axis=1)
+
+    def points(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, np.ndarray]:
+        truth_NK = np.array([self.truth(row) for row in rows])
+        pairs = zip(self.numbers, truth_NK.T, self._numbers(answers).T, strict=True)
+        return {column: np.stack([true_N, given_N], axis=1) for column, true_N, given_N in pairs}
 
     def agreement(self, answers: list[Answer], others: list[Answer]) -> float:
         """Returns the share of rows whose numbers are nearly equal (EQUAL)."""

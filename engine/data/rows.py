@@ -18,12 +18,15 @@ from engine.data.readers import Row
 from engine.data.splits import Held, Splits, load_splits
 from engine.data.stored import RowWriter, StoredExamples, StoredRows, in_chunks, lengths_of, write_examples
 from engine.evaluate import evaluate, outputs_of, write_json, write_jsonl
+from engine.judging import ends_of, judged_sets, seen_in, set_names
 from engine.stage import made_once
 from engine.tasks import Example, Facts, Task, task_class, task_of_model
 
 if TYPE_CHECKING:
     from engine.distributed import Batch, Processes
 
+PREDICTIONS = {"validation": "validation_predictions.jsonl", "test": "predictions.jsonl"}
+"""Where the answers to the rows of a split go, in the order in which splits are judged."""
 PROBE_ROWS = 8
 CHUNK = 4096
 """Rows encoded at a time: enough to keep all cores busy, little memory."""
@@ -40,6 +43,10 @@ class Prepared:
     examples: Mapping[str, Sequence[Example]]
     notes: list[str] = field(default_factory=list)
     """What is to be said about the files and the splits."""
+    slices: list[str] = field(default_factory=list)
+    """Columns by which held-out rows are judged apart."""
+    sets: dict[str, int] = field(default_factory=dict)
+    """{name of a test set: its rows}, where the test rows are several, one after the other."""
 
     @property
     def describe(self) -> str:
@@ -81,34 +88,47 @@ class Prepared:
 
         Args:
             evaluate: returns (metrics, answers) of rows.
-            output: where `predictions.jsonl` (test) and `validation_predictions.jsonl` go, and `per_class.json` of tasks with
-                classes; None: nowhere.
+            output: where the predictions (PREDICTIONS) and what else is seen in them (`seen_in`) go; None: nowhere.
             choose: the model has just been trained: the task takes over what the validation rows tell (`Answers.choose`).
 
         Returns:
-            the metrics of each split.
+            the metrics of each split, and of each test set where there are several, as `test.NAME`; with `output`, those of the
+            metric of the task with the ends of its interval.
         """
-        metrics, tables = {}, {}
-        for split, name in (("validation", "validation_predictions.jsonl"), ("test", "predictions.jsonl")):
-            if split in self.rows:
-                rows = self.rows[split]
-                metrics[split], answers = evaluate(rows)
-                if choose and split == "validation":
-                    chosen, metrics[split], answers = self._chosen(metrics[split], answers)
-                    self.task.know(chosen)
-                tables[split] = self.task.answers.table(answers, rows)
-                if output:
-                    write_jsonl(output / name, [self.task.answers.record(a, row) for a, row in zip(answers, rows, strict=True)])
-        if output and any(tables.values()):
-            write_json(output / "per_class.json", tables)
+        metrics: dict[str, dict[str, float]] = {}
+        files: dict[str, dict[str, Any]] = {}
+        for split in (name for name in PREDICTIONS if name in self.rows):
+            metrics[split], answers = evaluate(self.rows[split])
+            if choose and split == "validation":
+                chosen, metrics[split], answers = self._chosen(metrics[split], answers)
+                self.task.know(chosen)
+            if output:
+                metrics |= self._keep(split, metrics[split], answers, output, files)
+        if output:
+            for name, seen in files.items():
+                write_json(output / name, seen)
         return metrics
+
+    def _keep(
+        self, split: str, metrics: dict[str, float], answers: list[Answer], output: Path, files: dict[str, dict[str, Any]]
+    ) -> dict[str, dict[str, float]]:
+        """Writes the predictions of a split; `files` gets what else is seen in them. Returns the metrics as `judge` has them."""
+        judge, rows = self.task.answers, list(self.rows[split])
+        sets = self.sets if split == "test" else {}
+        records = zip(answers, rows, set_names(sets, len(rows)), strict=True)
+        write_jsonl(output / PREDICTIONS[split], [{**named, **judge.record(a, row)} for a, row, named in records])
+        for name, seen in seen_in(judge, answers, rows, self.slices, sets).items():
+            files.setdefault(name, {})[split] = seen
+        of_sets = {f"{split}.{name}": found for name, found in judged_sets(judge, answers, rows, sets).items()}
+        return {split: metrics | ends_of(judge, answers, rows), **of_sets}
 
 
 def prepare(rows: Mapping[str, Sequence[Row]], task: Task) -> Prepared:
     """Encodes every split in memory."""
     examples = {name: task.encode(split) for name, split in rows.items()}
     task.begin(examples["train"])
-    return Prepared(task, rows, examples, getattr(rows, "notes", []))
+    said = {name: getattr(rows, name) for name in ("notes", "slices", "sets") if hasattr(rows, name)}
+    return Prepared(task, rows, examples, **said)
 
 
 def prepare_on_disk(
@@ -146,7 +166,7 @@ def prepare_on_disk(
     rows = {name: StoredRows(directory / name) for name in about["splits"]}
     examples = {name: StoredExamples(directory / name) for name in rows}
     task.begin(examples["train"])
-    return Prepared(task, rows, examples, about["notes"])
+    return Prepared(task, rows, examples, about["notes"], config.data.slices, about["sets"])
 
 
 def _store(
@@ -164,7 +184,7 @@ def _store(
     for name, split in rows.items():
         every = itertools.chain(split, more(rows)) if name == "train" else iter(split)
         write_examples((example for chunk in in_chunks(every, CHUNK) for example in task.encode(chunk)), directory / name)
-    about = {"splits": list(rows), "facts": task.facts, "truncated": task.truncated, "notes": rows.notes}
+    about = {"splits": list(rows), "facts": task.facts, "truncated": task.truncated, "notes": rows.notes, "sets": rows.sets}
     (directory / ABOUT).write_text(json.dumps(about, ensure_ascii=False))
 
 

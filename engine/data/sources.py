@@ -98,6 +98,11 @@ class SourceRows:
             shown.setdefault(layout.describe, []).append(layout.path)
         lines = [f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {how}" for how, paths in shown.items()]
         lines += [f"column '{column}' of {self.source.shown} holds lists of words: joined with spaces" for column in self.joined]
+        lines += [
+            f"{each.path}: {each.left_out:,} lines with too few or too many cells left out"
+            for each in self.layouts
+            if each.left_out
+        ]
         if self.dropped:
             lines.append(f"{self.source.shown}: {self.dropped:,} rows without {' or '.join(self.columns)} left out")
         return lines
@@ -197,15 +202,6 @@ def _holds(value: Any, wanted: str) -> bool:
 def read_rows(source: SourceConfig, recipe: Recipe, columns: Mapping[str, Cell], lines: int | None = None) -> Iterator[PlacedRow]:
     """Yields every kept row of a source: see SourceRows."""
     return iter(SourceRows(source, recipe, columns, lines))
-
-
-def parse_file(path: Path, lines: int | None = None) -> Iterator[tuple[int, Row]]:
-    """Yields (line number, row) of every row of a file, as it stands there; with `lines`, no further than that line.
-
-    Raises:
-        UserError: unreadable file or malformed line; names file and line.
-    """
-    return find_layout(path).rows(lines)
 
 
 def share_of(text: str) -> float:

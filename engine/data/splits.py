@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Protocol
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, field_validator, model_validator
 
 from engine.config import Fraction, Recipe, Strict
 from engine.data.cells import Cell
 from engine.data.readers import Row
-from engine.data.sources import SHOWN, Source, SourceConfig, SourceRows, share_of
+from engine.data.sources import SHOWN, PlacedRow, Source, SourceConfig, SourceRows, share_of
 from engine.errors import UserError
+from engine.judging import require_column
 
 
 def _share_or_source(value: Any) -> Any:
@@ -19,6 +20,16 @@ def _share_or_source(value: Any) -> Any:
     if isinstance(value, list) or (isinstance(value, str) and not value.strip().endswith("%")):
         return {"path": value}
     return value
+
+
+def _named_sets(value: Any) -> Any:
+    """A mapping without `path` names several test sets, as in {matched: a.tsv, mismatched: b.tsv}."""
+    if isinstance(value, dict) and value and not any(str(key) in SourceConfig.model_fields for key in value):
+        return {
+            str(name): source if isinstance(source, SourceConfig) else SourceConfig.model_validate(_share_or_source(source))
+            for name, source in value.items()
+        }
+    return _share_or_source(value)
 
 
 Part = Annotated[SourceConfig | Fraction | None, BeforeValidator(_share_or_source)]
@@ -30,14 +41,29 @@ class DataConfig(Strict):
     train: Source
     validation: Part = 0.1
     """A file, or the share of `train` that is held out by a hash of its text (equal texts stay together)."""
-    test: Part = None
-    """A file, or a share of `train`; evaluated once, after training."""
+    test: Annotated[dict[str, SourceConfig] | SourceConfig | Fraction | None, BeforeValidator(_named_sets)] = None
+    """A file, or a share of `train`; evaluated once, after training. Or several sets by name, as in {matched: a.tsv, not: b.tsv}:
+    all their rows together are the test rows, and each set is judged on its own as well."""
+    slices: list[str] = []
+    """Columns by whose values the held-out rows are judged apart, as in [product, language]; `length` takes a row's tokens."""
+
+    _listed = field_validator("slices", mode="before")(lambda value: [value] if isinstance(value, str) else value)
+
+    @property
+    def sources(self) -> list[SourceConfig]:
+        """All files, those of the training rows first."""
+        parts = (self.train, self.validation, *(self.test.values() if isinstance(self.test, dict) else [self.test]))
+        return [part for part in parts if isinstance(part, SourceConfig)]
+
+    @property
+    def cut(self) -> float:
+        """Share of the training rows that is held out."""
+        return sum(part for part in (self.validation, self.test) if isinstance(part, float))
 
     @model_validator(mode="after")
     def _leaves_rows_to_train(self) -> DataConfig:
-        shares = [part for part in (self.validation, self.test) if isinstance(part, float)]
-        if sum(shares) >= 1:
-            raise ValueError(f"validation and test take {sum(shares):.0%} of train and leave nothing to train on: lower them")
+        if self.cut >= 1:
+            raise ValueError(f"validation and test take {self.cut:.0%} of train and leave nothing to train on: lower them")
         return self
 
 
@@ -48,6 +74,10 @@ class Splits(dict[str, Sequence[Row]]):
         super().__init__()
         self.notes: list[str] = []
         """What is to be said about the files and the splits, a fact a line."""
+        self.sets: dict[str, int] = {}
+        """{name of a test set: its rows}, in the order of the test rows, where there are several."""
+        self.slices: list[str] = []
+        """Columns by which the held-out rows are judged apart."""
 
 
 class Sink(Protocol):
@@ -99,16 +129,20 @@ def load_splits(
         UserError: bad file or row (file and line), or a split without rows.
     """
     splits = Splits()
+    splits.slices = data.slices
     sinks = {name: new(name) for name in parts_of(data)}
-    shares = [name for name, part in parts_of(data).items() if not isinstance(part, SourceConfig)]
+    shares = [name for name, part in parts_of(data).items() if isinstance(part, float)]
     trained: set[Any] = set()
     held: dict[Any, str] = {}
     """Label to that of its held-out texts with the largest hash, the first that a smaller share would leave in training."""
-    for name, row in iter_splits(data, recipe, key, columns, splits.notes):
+    for name, row in iter_splits(data, recipe, key, columns, splits.notes, splits.sets):
         sinks[name].append(row)
         if name == "train":
             trained.update(classes_of(row))
-        elif name in shares:
+            continue
+        for column in data.slices:
+            require_column(row, column, f"{row.path}:{row.line}: ")
+        if name in shares:
             for label in classes_of(row):
                 if label not in held or share_of(str(row[key])) > share_of(held[label]):
                     held[label] = str(row[key])
@@ -117,8 +151,8 @@ def load_splits(
     for name in shares if lost else []:
         rows = sinks[name].close()
         sinks[name] = new(name)
-        for row in rows:
-            sinks["train" if str(row[key]) in moved else name].append(row)
+        for kept in rows:
+            sinks["train" if str(kept[key]) in moved else name].append(kept)
     if lost:
         shown = ", ".join(sorted(map(str, lost))[:SHOWN]) + (", …" if len(lost) > SHOWN else "")
         splits.notes.append(f"{len(lost)} classes of which all rows would have been held out got one text to train on: {shown}")
@@ -129,26 +163,39 @@ def load_splits(
     return splits
 
 
-def parts_of(data: DataConfig) -> dict[str, SourceConfig | float]:
-    """Returns {name of a split: its files, or its share of `train`}, as they are read: the training rows last."""
+def parts_of(data: DataConfig) -> dict[str, dict[str, SourceConfig] | float]:
+    """Returns {name of a split: its files by name, or its share of `train`}, as they are read: the training rows last."""
     parts = {"test": data.test, "validation": data.validation, "train": data.train}
-    return {name: part for name, part in parts.items() if part}
+    return {name: {"": part} if isinstance(part, SourceConfig) else part for name, part in parts.items() if part}
 
 
 def iter_splits(
-    data: DataConfig, recipe: Recipe, key: str, columns: Mapping[str, Cell], notes: list[str]
-) -> Iterator[tuple[str, Row]]:
-    """Yields (name of its split, row) of every row, one in memory at a time; `notes` gets what is to be said, see load_splits."""
+    data: DataConfig,
+    recipe: Recipe,
+    key: str,
+    columns: Mapping[str, Cell],
+    notes: list[str],
+    sets: dict[str, int] | None = None,
+) -> Iterator[tuple[str, PlacedRow]]:
+    """Yields (name of its split, row) of every row, one in memory at a time: see load_splits.
+
+    Args:
+        notes: gets what is to be said.
+        sets: gets {name: rows} of test sets that have names.
+    """
     shares: list[tuple[str, float, float]] = []
     low = 0.0
     for split, part in parts_of(data).items():
-        if not isinstance(part, SourceConfig):
+        if isinstance(part, float):
             shares.append((split, low, low + part))
             low += part
             continue
-        rows = SourceRows(part, recipe, columns)
         cut = shares if split == "train" else []
-        for row in rows:
-            share = share_of(str(row[key])) if cut else 1.0
-            yield next((name for name, low, high in cut if low <= share < high), split), row
-        notes += [note for note in rows.describe if note not in notes]
+        for named, source in part.items():
+            rows = SourceRows(source, recipe, columns)
+            for row in rows:
+                share = share_of(str(row[key])) if cut else 1.0
+                yield next((name for name, low, high in cut if low <= share < high), split), row
+            notes += [note for note in rows.describe if note not in notes]
+            if named and sets is not None:
+                sets[named] = rows.kept

@@ -9,7 +9,7 @@ Shapes: B rows, K numbers of a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from engine.tasks import Batch
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class Config(TextConfig):
     """One or several numbers for a text, or for a pair of texts."""
 
@@ -37,6 +40,8 @@ class Config(TextConfig):
     """Squared error of the standardised numbers; `huber` grows only linearly beyond `delta`, so that outliers pull less."""
     delta: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Of `huber`, in standard deviations."""
+    bounds: tuple[Finite, Finite] | None = None
+    """Smallest and largest number that is answered, as in [0, 5] for scores that end there; None: any."""
     metric: Literal["pearson", "spearman", "rmse", "mae"] = "pearson"
     """Chooses the best weights."""
 
@@ -45,6 +50,13 @@ class Config(TextConfig):
     def _columns_once(cls, value: str | list[str]) -> str | list[str]:
         if not value or (isinstance(value, list) and len(set(value)) < len(value)):
             raise ValueError("label names no column, or one of them twice")
+        return value
+
+    @field_validator("bounds")
+    @classmethod
+    def _in_order(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and value[0] >= value[1]:
+            raise ValueError(f"bounds: {value[0]:g} is not below {value[1]:g}: write the smaller one first")
         return value
 
     @property

@@ -31,7 +31,7 @@ def test_every_page_is_linked_from_the_index():
 TASK_PAGES = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("tasks-*.md"))]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", *TASK_PAGES])
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "docs/glue.md", *TASK_PAGES])
 def test_the_recipe_of_a_page_is_valid(tmp_path, page):
     (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     path = tmp_path / "reviews.yaml"
@@ -56,7 +56,7 @@ def test_every_example_of_data_is_valid():
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     examples = [part for block in blocks for part in re.split(r"^(?=\w)", block, flags=re.MULTILINE) if part]
-    assert len(examples) == 5
+    assert len(examples) == 6
     for example in examples:
         data = yaml.load(example, Loader=RecipeLoader)
         DataConfig(**data.get("data", data))

@@ -93,6 +93,26 @@ def test_what_cannot_be_judged_is_one_line(bundle, tmp_path, rows, settings, mes
     assert "\n" not in str(error.value)
 
 
+def test_every_value_of_a_column_is_judged_apart(bundle, tmp_path, capsys):
+    rows = [{"text": text, "label": LABELS[i % 3], "product": "ab"[i % 2]} for i, text in enumerate(TEXTS * 5)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    report, predictions = judge(bundle, path, slices=["product", "length"])
+    groups = {group["value"]: group for group in report["slices"]["product"]["groups"]}
+    for value, group in groups.items():
+        own = [line for line, row in zip(predictions, rows, strict=True) if row["product"] == value]
+        assert group["rows"] == len(own) == 20
+        right = np.mean([line["label"] == line["prediction"] for line in own])
+        assert group["metrics"]["accuracy"]["value"] == pytest.approx(100 * right)
+    assert sum(group["rows"] for group in report["slices"]["length"]["groups"]) == 40
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(bundle), str(path), "--slice", "product"])
+    said = capsys.readouterr().out
+    assert "accuracy by product" in said
+    assert "n=20" in said
+    with pytest.raises(UserError, match=r"rows.jsonl:1: no column 'prodcut' to slice by: did you mean 'product'"):
+        judge(bundle, path, slices=["prodcut"])
+
+
 def test_a_strangers_classifier_needs_its_task_and_names_for_its_classes(tmp_path):
     model = write_model(tmp_path / "model", **UNNAMED)
     rows = write_rows(tmp_path / "rows.jsonl", ragged_rows(20))

@@ -161,6 +161,8 @@ def test_figures_are_those_of_the_labels_that_are_given(task):
         "recall": 100.0,
         "f1": pytest.approx(200 / 3),
         "rows": 1.0,
+        "wrong": 1.0,
+        "missed": 0.0,
     }
 
 

@@ -69,6 +69,14 @@ def test_stages_know_what_they_read(tmp_path):
     [
         ("teacher.model=teacher", "a stage cannot read itself"),
         ("teacher.model=student", "stage 'student' comes later: move it up"),
+        ("teacher.data.slices=[product]", "rows.jsonl:1: no column 'product' to slice by (known: label, length, text)"),
+        ("base.data.slices=length", "data.slices: pretraining judges no single rows"),
+        ("teacher.data.slices=[length, label]", None),
+        ("teacher.data.test={near: rows.jsonl, far: row.jsonl}", "row.jsonl: no such file"),
+        (
+            "teacher.data.test={near: rows.jsonl, far: {path: rows.jsonl, wher: {a: b}}}",
+            "unknown key 'wher': did you mean 'where'?",
+        ),
         ("student.teacher=base", "stage 'base' (pretrain) gives a pretrained model; a fine-tuned model is needed"),
         ("student.student.model=base", "stage 'base' (pretrain) gives a pretrained model"),
         ("engine.baseline=int8", "stage 'int8' (quantize) gives an int8 graph; a fine-tuned model is needed"),

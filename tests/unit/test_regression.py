@@ -72,6 +72,14 @@ def test_answers_are_in_the_unit_of_the_data(task):
     np.testing.assert_allclose([answer["values"]["label"] for answer in answers], [mean, mean - sd, mean + 2 * sd], rtol=1e-6)
 
 
+def test_no_answer_lies_beyond_the_bounds(tmp_path):
+    bounded = regression_task(tmp_path, bounds=[0, 5]).answers
+    given = bounded.answer(gives([[-9.0], [9.0], [0.0]]), ROWS)
+    assert [answer["values"]["label"] for answer in given] == [0.0, 5.0, pytest.approx(2.5)]
+    with pytest.raises(ValueError, match="5 is not below 0: write the smaller one first"):
+        regression_task(tmp_path, bounds=[5, 0])
+
+
 def test_a_model_that_gives_the_targets_is_perfect(tmp_path):
     rows = [{"text": "a", "x": 1, "y": -10}, {"text": "film", "x": 3, "y": 40}, {"text": "bad", "x": 2, "y": 9}]
     task = regression_task(tmp_path, rows, label=["x", "y"])

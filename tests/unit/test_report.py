@@ -202,3 +202,60 @@ def test_arcs_in_one_lane_never_overlap(arcs):
 @pytest.mark.parametrize(("seconds", "text"), [(4.24, "4.2 s"), (185, "3 min 05 s"), (7800, "2 h 10 min"), (None, "–")])
 def test_durations_are_written_for_people(seconds, text):
     assert duration(seconds) == text
+
+
+def judged_run(run, classes=3, **facts):
+    """A run of one stage with everything that is kept of its held-out rows."""
+    labels = [f"class {number}" for number in range(classes)]
+    write_stage(run, "teacher", "finetune", metrics={"test": classified(80, 100)}, **facts)
+    counts = [[true, given, 10 if true == given else 1] for true in range(classes) for given in range(classes)]
+    worst = [{"inputs": {"text": "<b>dull</b>"}, "label": "class 0", "prediction": "class 1", "off": 0.9876}]
+    mistakes = {"worst": worst, "off_by": "probability", "confusion": {"labels": labels, "counts": counts}, "points": {}}
+    figures = {
+        label: {"precision": 90.0, "recall": 80.0, "f1": 85.0 - number, "rows": 12.0} for number, label in enumerate(labels)
+    }
+    metric = lambda value: {"accuracy": {"value": value, "low": value - 5, "high": value + 4}}  # noqa: E731
+    groups = [
+        {"value": "en", "rows": 80, "pooled": 0, "metrics": metric(90.0)},
+        {"value": "<no>", "rows": 20, "pooled": 0, "metrics": metric(40.0)},
+    ]
+    slices = {"language": {"groups": groups, "worst": {"value": "<no>", "rest": {"value": 90.0, "low": 85.0, "high": 94.0}}}}
+    for name, seen in (("mistakes", mistakes), ("per_class", figures), ("slices", slices)):
+        (run / "teacher" / f"{name}.json").write_text(json.dumps({"test": seen}))
+    return run
+
+
+def test_slices_confusions_classes_and_errors_show_and_stay_text(tmp_path):
+    page = write_report(judged_run(tmp_path)).read_text()
+    assert "Where “teacher” is right and wrong: test rows" in page
+    assert "Worse than the rest: “&lt;no&gt;”" in page
+    assert "&lt;b&gt;dull&lt;/b&gt;" in page
+    assert "<b>dull" not in page
+    assert "0.988" in page
+    assert "Confusion matrix" in page
+    assert page.index("class 2</td>") < page.index("class 0</td>"), "the worst class comes first"
+    ids = re.findall(r'\sid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_confusions_of_many_classes_are_listed_and_their_figures_fold_away(tmp_path):
+    page = write_report(judged_run(tmp_path, classes=40)).read_text()
+    assert "What is taken for what" in page
+    assert "The other 28" in page
+
+
+def test_a_damaged_judgement_is_one_line(tmp_path):
+    (judged_run(tmp_path) / "teacher" / "slices.json").write_text("{")
+    with pytest.raises(UserError, match=r"slices.json: not JSON: the file is damaged"):
+        write_report(tmp_path)
+
+
+def test_numbers_are_drawn_over_the_truth_and_a_kept_interval_shows(tmp_path):
+    metric = {"name": "pearson", "higher_is_better": True, "unit": "", "counted": False}
+    values = {"pearson": 88.1, "pearson_low": 86.2, "pearson_high": 89.7, "loss": 0.2, "examples": 100}
+    write_stage(tmp_path, "teacher", "finetune", metrics={"test": values}, metric=metric)
+    mistakes = {"worst": [], "off_by": "deviations", "confusion": None, "points": {"score": [[0.0, 0.5], [5.0, 4.0]]}}
+    (tmp_path / "teacher" / "mistakes.json").write_text(json.dumps({"test": mistakes}))
+    page = write_report(tmp_path).read_text()
+    assert "score: true and answered" in page
+    assert "86.2 to 89.7" in page

@@ -246,6 +246,38 @@ def test_a_class_that_the_hash_would_hold_out_as_a_whole_keeps_one_text_in_train
     assert "2 classes of which all rows would have been held out got one text to train on: once, rare" in splits.notes
 
 
+def test_test_rows_may_be_several_sets_by_name_read_one_after_the_other(tmp_path, recipe):
+    for name in ("near", "far"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": f"{name} {number}", "label": "1"} for number in range(3)])
+    sets = {"near": "near.jsonl", "far": {"path": ["far.jsonl"], "limit": 2}}
+    splits = split(recipe, tmp_path, [{"text": "t", "label": "1"}, {"text": "u", "label": "0"}], validation=None, test=sets)
+    assert [row["text"] for row in splits["test"]] == ["near 0", "near 1", "near 2", "far 0", "far 1"]
+    assert splits.sets == {"near": 3, "far": 2}
+    read = DataConfig(train="rows.jsonl", test=sets)
+    assert DataConfig.model_validate(read.model_dump(mode="json")) == read
+    assert len(read.sources) == 3
+
+
+def test_a_held_out_row_without_the_column_of_a_slice_is_refused_with_its_line_and_a_training_row_may_lack_it(tmp_path, recipe):
+    write_rows(tmp_path / "dev.jsonl", [{"text": "a", "label": "1", "product": "x"}, {"text": "b", "label": "0"}])
+    rows = [{"text": "t", "label": "1"}]
+    with pytest.raises(UserError, match=r"dev.jsonl:2: no column 'product' to slice by"):
+        split(recipe, tmp_path, rows, validation="dev.jsonl", slices=["product"])
+    assert split(recipe, tmp_path, rows, validation={"path": "dev.jsonl", "limit": 1}, slices="product").slices == ["product"]
+
+
+def test_lines_with_another_number_of_cells_are_left_out_and_counted_where_that_is_said(tmp_path, recipe):
+    (tmp_path / "a.tsv").write_text("text\tlabel\na\t0\nb\nc\t1\td\ne\t1\n")
+    rows = [{"text": "t", "label": "1"}]
+    with pytest.raises(UserError, match=r"a.tsv:3: 1 columns where the header has 2: mend it, or .*bad_lines: drop"):
+        split(recipe, tmp_path, rows, validation="a.tsv")
+    splits = split(recipe, tmp_path, rows, validation={"path": "a.tsv", "bad_lines": "drop"})
+    assert [row["text"] for row in splits["validation"]] == ["a", "e"]
+    assert any(note.endswith("a.tsv: 2 lines with too few or too many cells left out") for note in splits.notes)
+    with pytest.raises(UserError, match="bad_lines means nothing to the format jsonl"):
+        split(recipe, tmp_path, rows, validation={"path": "rows.jsonl", "bad_lines": "drop"})
+
+
 def test_validation_files_may_be_lists_and_have_a_layout_of_their_own(tmp_path, recipe):
     (tmp_path / "a.csv").write_text("text;label\na;0\nb;1\n")
     (tmp_path / "b.tsv").write_text("text\tlabel\nc\t1\n")

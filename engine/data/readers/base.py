@@ -33,6 +33,8 @@ class FormatConfig(Strict):
     """Of `csv`: a quote inside quotes is doubled (\"\"), follows a backslash, or quotes mean nothing (as in GLUE's TSV files)."""
     header: bool | list[str] | None = None
     """Of `csv`: whether the first line names the columns, or their names where no line does. Unnamed ones are called 1, 2, …"""
+    bad_lines: Literal["refuse", "drop"] | None = None
+    """Of `csv`: lines with another number of cells than the header are refused, or left out and counted; None: refuse."""
     subset: str | None = None
     """Of a hub data set: its configuration, as in `sst2` of `hub:nyu-mll/glue`."""
     split: str | None = None
@@ -96,6 +98,8 @@ class Layout(ABC):
 
     def __init__(self, head: Head, options: FormatConfig) -> None:
         self.path, self.head, self.options = head.path, head, options
+        self.left_out = 0
+        """Lines that were no rows and were passed over, in the last reading."""
 
     @classmethod
     def accepts(cls, head: Head) -> bool:

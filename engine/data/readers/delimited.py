@@ -93,7 +93,7 @@ class Delimited(Layout):
 
     NAME = "csv"
     EXTENSIONS = (".csv", ".tsv", ".tab")
-    OPTIONS = ("encoding", "delimiter", "quoting", "header")
+    OPTIONS = ("encoding", "delimiter", "quoting", "header", "bad_lines")
 
     def __init__(self, head: Head, options: FormatConfig) -> None:
         super().__init__(head, options)
@@ -134,6 +134,7 @@ class Delimited(Layout):
     def rows(self, lines: int | None = None) -> Iterator[tuple[int, Row]]:
         """Yields (line number, row); a row's line is the one on which it ends."""
         reader = self.dialect.reader(self.text())
+        self.left_out = 0
         try:
             for cells in itertools.islice(reader, 1 if self.named else 0, None):
                 line = reader.line_num
@@ -141,9 +142,13 @@ class Delimited(Layout):
                     return
                 if not cells:
                     continue
+                if len(cells) != len(self.columns) and self.options.bad_lines == "drop":
+                    self.left_out += 1
+                    continue
                 if len(cells) != len(self.columns):
                     where = "the header has" if self.named else "there should be"
-                    raise self.broken(line, f"{len(cells)} columns where {where} {len(self.columns)}")
+                    fix = "mend it, or leave such lines out (bad_lines: drop)"
+                    raise self.broken(line, f"{len(cells)} columns where {where} {len(self.columns)}: {fix}")
                 yield line, dict(zip(self.columns, cells, strict=True))
         except csv.Error as error:
             fix = "mend the quotes, or set quoting (doubled, backslash, none) or delimiter"
