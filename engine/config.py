@@ -22,6 +22,7 @@ from engine.errors import UserError, did_you_mean
 from engine.inheritance import INHERITED, Inheritance, inherit
 from engine.problems import worst_problem
 from engine.recipe_yaml import AS_WRITTEN, RecipeLoader, key_lines
+from engine.seeds import SeedsError, expand_seeds
 from engine.zero_files import find_zero_config
 
 
@@ -134,6 +135,8 @@ class Recipe:
     def __init__(self, path: Path, data: dict[str, Any], lines: dict[str, int], runs: Path) -> None:
         self.path = path
         self.runs = runs
+        self.seeded: dict[str, list[str]] = {}
+        """{stage that says `seeds`: the stages of its seeds}."""
         self._lines = lines
         allowed = ["name", "seed", "stages"]
         for key in data:
@@ -160,6 +163,11 @@ class Recipe:
             if not isinstance(section, dict):
                 raise self.error(f"stages.{name}.{kind}", f"'{kind}' must be a mapping of keys to values")
             self.stages[name] = (kind, section)
+        try:
+            self.stages, self.seeded = expand_seeds(self.stages, self.seed)
+        except SeedsError as error:
+            kind = self.stages[error.stage][0]
+            raise self.error(f"stages.{error.stage}.{kind}.seeds", f"stages.{error.stage}.{kind}.{error}") from None
         self.inherited: dict[str, Inheritance] = inherit(self.stages, self._recorded_section)
 
     @classmethod
@@ -169,11 +177,18 @@ class Recipe:
 
     def error(self, key: str, message: str) -> UserError:
         """A UserError that names the recipe, the line of `key` (or of its nearest parent) and the message."""
-        probe = key
+        parts = key.split(".")
+        if len(parts) > 1 and parts[0] == "stages":
+            parts[1] = self.owner(parts[1])
+        probe = ".".join(parts)
         while probe and probe not in self._lines:
             probe = probe.rpartition(".")[0]
         line = f":{self._lines[probe]}" if probe else ""
         return UserError(f"{self.path}{line}: {message}")
+
+    def owner(self, stage: str) -> str:
+        """Returns the stage of the file that says what `stage` is: itself, or for that of one seed the one with the `seeds`."""
+        return next((name for name, parts in self.seeded.items() if stage in parts), stage)
 
     def directory(self, stage: str) -> Path:
         """Where the finished stage lies: `runs/<recipe>/<stage>`."""

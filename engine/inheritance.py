@@ -12,8 +12,8 @@ from typing import Any
 
 INHERITED = ("task", "data", "max_length")
 """Keys of a section that are inherited, each as a whole."""
-SOURCES = ("teacher", "model")
-"""Keys that name the model whose stage is inherited from; the first that is there counts."""
+SOURCES = ("teacher", "model", "models")
+"""Keys that name the model whose stage is inherited from; the first that is there counts, and of several models the first."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,15 @@ def inherit(stages: Stages, record: Callable[[str], dict[str, Any] | None]) -> d
     return found
 
 
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and value else value
+
+
 def _offered(
     name: str, section: dict[str, Any], stages: Stages, found: dict[str, Inheritance], record: Callable[[str], Any]
 ) -> tuple[dict[str, Origin], dict[str, Any], str]:
     """Returns (who says each key that the model's stage passes on, the values, why there are no more)."""
-    reference = next((section[key] for key in SOURCES if isinstance(section.get(key), str)), None)
+    reference = next((named for key in SOURCES if isinstance(named := _first(section.get(key)), str)), None)
     if reference is None:
         return {}, {}, "this section reads no model that could pass it on"
     if reference == name:

@@ -158,8 +158,10 @@ def lineage(directory: Path) -> dict[Path, dict[str, Any]]:
         record = None if current in found else read_stage(current)
         if record is not None:
             found[current] = record
-            # A stage is named by its bare name; anything with a slash is a path, a hub id or a file of a package.
-            names = (entry["reference"] for entry in record["inputs"].values())
+            # A stage is named by its bare name; anything with a slash is a path, a hub id or a file of a package. Of models that
+            # were chosen from, only the chosen one led to it.
+            chosen = record.get("chosen")
+            names = [chosen] if chosen else [entry["reference"] for entry in record["inputs"].values()]
             waiting += [current.parent / name for name in names if "/" not in name]
     return found
 
@@ -174,7 +176,8 @@ class Stage(Generic[Section]):
         self.name = name
         self.kind = recipe.stages[name][0]
         self.config: Section = recipe.section(name, config)
-        self.seed = recipe.seed
+        own: int | None = getattr(self.config, "seed", None)
+        self.seed = recipe.seed if own is None else own
         self.directory = recipe.directory(name)
         self.partial = self.directory.with_name(name + ".partial")
         self.output = self.partial / "output"

@@ -100,6 +100,9 @@ class Trained(Strict):
     """What an interrupted run may change before it goes on: how its work is spread, not what it computes."""
 
     train: TrainConfig
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Of every random choice of this stage; None: the recipe's. `seeds: [1, 2, 3]`, or how many, in its place runs the stage once
+    for each and hands on the model that is best on the validation rows (engine/select.py)."""
     parallel: ZeroRef | None = None
     """Name of a file in ds_configs/ (zero0 … zero3, zero2_offload, …) or a path to a DeepSpeed JSON; None: zero0, plain data
     parallelism."""

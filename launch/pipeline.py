@@ -124,7 +124,7 @@ def _setup(chosen: list[Stage[Any]], place: Place) -> str:
 
 
 def choose_stages(stages: list[Stage[Any]], only: list[str] | None) -> list[Stage[Any]]:
-    """Returns all stages, or those that are named.
+    """Returns all stages, or those that are named, with the stages of their seeds.
 
     Raises:
         UserError: there is none of that name.
@@ -133,7 +133,7 @@ def choose_stages(stages: list[Stage[Any]], only: list[str] | None) -> list[Stag
     for name in only or []:
         if name not in names:
             raise UserError(f"--stage {name}: {stages[0].recipe.path} has no such stage{did_you_mean(name, names)}")
-    return [stage for stage in stages if not only or stage.name in only]
+    return [stage for stage in stages if not only or {stage.name, stage.recipe.owner(stage.name)}.intersection(only)]
 
 
 @contextlib.contextmanager
@@ -219,6 +219,8 @@ def _result(record: dict[str, Any]) -> str:
     metric = record.get("metric")
     if metric:
         shown = f"{split} {metric['name']} {metrics[metric['name']]:.2f} {metric['unit']}".rstrip()
+        if of := record.get("spread", {}).get(split, {}).get(metric["name"]):
+            shown += f" ({record['chosen']}; all {len(record['models'])}: {of['mean']:.2f} ± {of['sd']:.2f})"
     else:
         shown = f"{split} loss {metrics['loss']:.3f}"
         shown += f" (at first {metrics['initial_loss']:.3f})" if "initial_loss" in metrics else ""

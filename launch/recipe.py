@@ -8,6 +8,8 @@ from engine.config import ModelRef, Recipe, Strict, references
 from engine.errors import did_you_mean
 from engine.finetune import FinetuneConfig
 from engine.pretrain import PretrainConfig
+from engine.seeds import KEY
+from engine.select import SelectConfig
 from engine.stage import Stage
 from export.compress.distill import DistillConfig
 from export.compress.factorize import FactorizeConfig
@@ -33,6 +35,7 @@ KINDS = {
     "pretrain": Kind("engine.pretrain", PretrainConfig, True, "a pretrained model"),
     "finetune": Kind("engine.finetune", FinetuneConfig, True, "a fine-tuned model"),
     "distill": Kind("export.compress.distill", DistillConfig, True, "a fine-tuned model"),
+    "select": Kind("engine.select", SelectConfig, False, "a fine-tuned model"),
     "prune": Kind("export.compress.prune", PruneConfig, False, "a fine-tuned model"),
     "factorize": Kind("export.compress.factorize", FactorizeConfig, False, "a fine-tuned model"),
     "quantize": Kind("export.compress.quantize", QuantizeConfig, False, "an int8 graph"),
@@ -52,6 +55,11 @@ def load_stages(recipe: Recipe) -> list[Stage[Any]]:
     Raises:
         UserError: an unknown kind, a bad section, or a stage that reads itself or a later one.
     """
+    for name, parts in recipe.seeded.items():
+        kind = recipe.stages[parts[0]][0]
+        if kind in KINDS and not (KINDS[kind].trains and KINDS[kind].gives == "a fine-tuned model"):
+            where = f"stages.{name}.{kind}.{KEY}"
+            raise recipe.error(where, f"{where}: only stages that train a model for a task choose among seeds: leave it out")
     stages: dict[str, Stage[Any]] = {}
     for name, (kind, _) in recipe.stages.items():
         if kind not in KINDS:

@@ -141,6 +141,7 @@ def resume_check(
     recipe = load_recipe(path, overrides, runs)
     stages = [stage for stage in load_stages(recipe) if KINDS[stage.kind].trains]
     names = [stage.name for stage in stages]
+    only = recipe.seeded.get(only or "", [only])[0]
     if not stages or (only and only not in names):
         raise UserError(f"{path}: no stage that trains" + (f" is named '{only}'{did_you_mean(only, names)}" if only else ""))
     stage = stages[names.index(only) if only else 0]
@@ -148,7 +149,7 @@ def resume_check(
     stage.inputs  # noqa: B018 - stages that it reads must have finished
     every = max(1, steps // CHECKPOINTS)
     short = {"epochs": "null", "steps": steps, "early_stopping": "null", "evaluate_every": every, "checkpoint_every": every}
-    settings = [*overrides, *(f"{stage.name}.train.{key}={value}" for key, value in short.items())]
+    settings = [*overrides, *(f"{recipe.owner(stage.name)}.train.{key}={value}" for key, value in short.items())]
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="resume-check-", dir=made(runs)) as scratch:
         place = _Place(path, stage, Path(scratch), settings)

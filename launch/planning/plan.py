@@ -198,9 +198,10 @@ def machine_for(ranks: int, gpu_memory: str | None) -> Machine:
 def plan_recipe(
     recipe: Recipe, stages: list[Stage[Any]], world_size: int | None, gpu_memory: str | None
 ) -> Iterator[tuple[StagePlan, Machine]]:
-    """Yields the plan of every stage that trains."""
+    """Yields the plan of every stage that trains; of those that differ by their seed alone, of the first one."""
+    twins = {part for parts in recipe.seeded.values() for part in parts[1:]}
     for stage in stages:
-        if KINDS[stage.kind].trains:
+        if KINDS[stage.kind].trains and stage.name not in twins:
             machine = machine_for(world_size or process_count(stage), gpu_memory)
             try:
                 yield plan_stage(stage, machine), machine
@@ -300,7 +301,7 @@ def print_plan(
     recipe = load_recipe(path, overrides, runs)
     stages = choose_stages(load_stages(recipe), only)
     for stage in stages if only else []:
-        if not KINDS[stage.kind].trains:
+        if not KINDS[stage.kind].trains and stage.name not in recipe.seeded:
             raise UserError(f"--stage {stage.name}: it does not train, so there is nothing to plan")
     plans = plan_recipe(recipe, stages, world_size, gpu_memory)
     if machines:
