@@ -1,4 +1,4 @@
-"""The command line: `bothways new|run|launch|check|plan|resume-check|predict|evaluate|serve|verify|report|doctor|…`.
+"""The command line: `bothways new|run|sweep|launch|check|plan|resume-check|predict|evaluate|serve|verify|report|doctor|…`.
 
 Everything heavy is imported inside the commands: `bothways --help` and `bothways check` load neither torch nor transformers.
 """

@@ -1,8 +1,9 @@
-"""Commands that begin with data: `bothways new`, `bothways evaluate`."""
+"""Commands that begin with data, or try values: `bothways new`, `bothways evaluate`, `bothways sweep`."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -24,9 +25,44 @@ def register(app: typer.Typer) -> None:
         "`bothways new --data reviews.csv --column text=body --column label=stars --model models/minilm`"
     )(new)
     app.command(
+        epilog="Examples: `bothways sweep r.yaml --stage teacher --set train.epochs=2,3 --set train.learning_rate=1e-5,3e-5` · "
+        "`bothways sweep r.yaml --stage teacher --set train.learning_rate=1e-5..1e-3 --random 12 --seed 1`"
+    )(sweep)
+    app.command(
         epilog="Examples: `bothways evaluate runs/demo/engine new.csv` · "
         "`bothways evaluate runs/demo/teacher new.csv --set text=review --set label=stars --output predictions.jsonl`"
     )(evaluate)
+
+
+def sweep(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe (YAML).", show_default=False)],
+    stage: Annotated[str, typer.Option(help="The stage whose keys are varied and whose metric is compared.", show_default=False)],
+    values: Annotated[
+        list[str],
+        typer.Option("--set", metavar="A.B=C,D,…", help="Values of a key of the stage; may be repeated.", show_default=False),
+    ] = [],  # noqa: B006
+    count: Annotated[
+        int | None, typer.Option("--random", min=1, help="So many random points; ranges as in 1e-5..1e-3.", show_default="all")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random points.")] = 0,
+    points_only: Annotated[bool, typer.Option("--points-only", help="Write the points, for launch --slurm; run none.")] = False,
+    runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run directories lie.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Run a stage with each combination of some values, and compare them in a table; started again, it goes on."""
+    from launch.sweep import show
+    from launch.sweep import sweep as run_sweep
+    from launch.watchdog import StageError
+
+    try:
+        rows = run_sweep(recipe, stage, values, runs, count, seed, points_only, lambda text: print(text, flush=True))
+    except StageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.status) from None
+    if rows:
+        print(json.dumps(rows, indent=1) if as_json else show(rows))
+    if any(row["state"] != "finished" for row in rows):
+        raise typer.Exit(1)
 
 
 def new(

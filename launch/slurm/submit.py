@@ -20,10 +20,10 @@ from engine.stage import Stage
 from launch.check import check_recipe
 from launch.nodes.place import Place
 from launch.pipeline import choose_stages, require_finished
+from launch.points import Variant, expand_sweep
 from launch.recipe import load_stages
 from launch.slurm.jobs import JOB_FILE, Job, last_line, latest
 from launch.slurm.script import Batch, BatchOptions, Task
-from launch.slurm.sweep import Variant, expand_sweep
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def loaded_by(*arguments: str) -> set[str]:
     return HEAVY & set(done.stdout.rpartition("LOADED")[2].split())
 
 
-COMMANDS = "run launch status logs cancel check predict new evaluate serve verify report benchmark doctor"
+COMMANDS = "run sweep launch status logs cancel check predict new evaluate serve verify report benchmark doctor"
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS.split()])

@@ -12,9 +12,9 @@ from engine.errors import UserError
 from engine.inheritance import INHERITED, inherit
 from launch.check import check_recipe
 from launch.cli import main
+from launch.points import expand_sweep
 from launch.recipe import load_stages
 from launch.show import show_recipe
-from launch.slurm.sweep import expand_sweep
 from tests.recipes import finetune_section, pretrain_section, train_section, write_recipe
 
 SHORT = {

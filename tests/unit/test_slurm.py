@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from engine.config import load_recipe
 from engine.errors import NODE_FAILED, PREEMPTED, USER_ERROR, UserError
+from launch.points import expand_sweep, split_values
 from launch.recipe import load_stages
 from launch.slurm.script import Batch, BatchOptions, Task, minutes
-from launch.slurm.sweep import expand_sweep, split_values
 from tests.recipes import write_recipe
 from tests.unit.test_recipe import CHAIN
 
