@@ -174,7 +174,7 @@ def _judge_groups(answers: Answers, given: Sequence[Answer], rows: Sequence[Row]
     metric, sign = answers.metric, 1 if answers.metric.higher_is_better else -1
 
     def judged(rows_N: np.ndarray) -> dict[str, Interval]:
-        heartbeat.beat("evaluate")
+        heartbeat.beat("finish")
         return quick_intervals(answers, [given[row] for row in rows_N], [rows[row] for row in rows_N])
 
     def apart(low: Interval, high: Interval) -> bool:

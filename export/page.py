@@ -222,6 +222,7 @@ def row(run: Run, name: str) -> dict[str, Any]:
         "record": record,
         "score": score,
         "metrics": record.get("metrics", {}).get(score.split if score else "validation", {}),
+        "spread": record.get("spread", {}).get(score.split, {}).get(score.name) if score else None,
         "latency": run.latency(name),
         "reads": ", ".join(dict.fromkeys(run.upstream(name).values())),
         "stale": run.stale(name),

@@ -47,7 +47,6 @@ def sweep(
     seed: Annotated[int, typer.Option(min=0, help="Of the random points.")] = 0,
     points_only: Annotated[bool, typer.Option("--points-only", help="Write the points, for launch --slurm; run none.")] = False,
     runs: Annotated[Path, typer.Option("--runs", metavar="DIR", help="Where run directories lie.")] = Path("runs"),
-    as_json: Json = False,
 ) -> None:
     """Run a stage with each combination of some values, and compare them in a table; started again, it goes on."""
     from launch.sweep import show
@@ -60,7 +59,7 @@ def sweep(
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(error.status) from None
     if rows:
-        print(json.dumps(rows, indent=1) if as_json else show(rows))
+        print(show(rows))
     if any(row["state"] != "finished" for row in rows):
         raise typer.Exit(1)
 

@@ -156,11 +156,11 @@ def table_of(points: list[Point], failed: dict[str, str]) -> list[dict[str, Any]
         values, higher, name = record["metrics"]["validation"], metric["higher_is_better"], metric["name"]
         interval = interval_of(values, metric)
         assert interval is not None
-        value, low, high = interval
+        (value, low, high), ends = interval, "95 %"
         if "spread" in record:
             mean, sd = (record["spread"]["validation"][name][key] for key in ("mean", "sd"))
-            value, low, high = mean, mean - sd, mean + sd
-        told = {"metric": name, "value": value, "low": low, "high": high, "rows": int(values["examples"])}
+            value, low, high, ends = mean, mean - sd, mean + sd, f"sd of {len(record['models'])}"
+        told = {"metric": name, "value": value, "low": low, "high": high, "ends": ends, "rows": int(values["examples"])}
         rows.append({**row, **told, "seconds": record["seconds"]["this_run"], "state": "finished"})
     sign = -1 if higher else 1
     return sorted(rows, key=lambda row: (row["state"] != "finished", sign * row.get("value", 0.0)))
@@ -187,7 +187,7 @@ def write_table(directory: Path, name: str, rows: list[dict[str, Any]]) -> list[
     return [directory / "sweep.csv", page]
 
 
-FIXED = ("run", "metric", "value", "low", "high", "rows", "seconds", "state")
+FIXED = ("run", "metric", "value", "low", "high", "ends", "rows", "seconds", "state")
 """Columns of the table beside the keys that are varied."""
 
 
@@ -237,7 +237,7 @@ def show(rows: list[dict[str, Any]]) -> str:
     """Returns the table for people, best first; the settings of the best point are those to go on with."""
     done = [row for row in rows if row["state"] == "finished"]
     keys = [key for key in rows[0] if key not in FIXED]
-    head = [*(key.rpartition(".")[2] for key in keys), f"validation {done[0]['metric'] if done else ''}".strip(), "95 % interval"]
+    head = [*(key.rpartition(".")[2] for key in keys), f"validation {done[0]['metric'] if done else ''}".strip(), "from to"]
     body = [[str(row[key]) for key in keys] + _figures(row) for row in rows]
     widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, *body]]
@@ -249,4 +249,4 @@ def show(rows: list[dict[str, Any]]) -> str:
 def _figures(row: dict[str, Any]) -> list[str]:
     if row["state"] != "finished":
         return [row["state"][:60], ""]
-    return [f"{row['value']:.4g}", f"{row['low']:.4g} to {row['high']:.4g}"]
+    return [f"{row['value']:.4g}", f"{row['low']:.4g} to {row['high']:.4g} ({row['ends']})"]

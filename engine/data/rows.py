@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine import heartbeat
 from engine.answers import Answer
 from engine.config import Recipe
 from engine.data.batches import BatchPlan
@@ -96,31 +97,32 @@ class Prepared:
             metric of the task with the ends of its interval.
         """
         metrics: dict[str, dict[str, float]] = {}
-        files: dict[str, dict[str, Any]] = {}
+        answers: dict[str, list[Answer]] = {}
         for split in (name for name in PREDICTIONS if name in self.rows):
-            metrics[split], answers = evaluate(self.rows[split])
+            metrics[split], answers[split] = evaluate(self.rows[split])
             if choose and split == "validation":
-                chosen, metrics[split], answers = self._chosen(metrics[split], answers)
+                chosen, metrics[split], answers[split] = self._chosen(metrics[split], answers[split])
                 self.task.know(chosen)
-            if output:
-                metrics |= self._keep(split, metrics[split], answers, output, files)
-        if output:
-            for name, seen in files.items():
-                write_json(output / name, seen)
-        return metrics
+        heartbeat.beat("finish")  # the others wait while the main rank looks closer
+        return metrics if output is None else self._keep(metrics, answers, output)
 
     def _keep(
-        self, split: str, metrics: dict[str, float], answers: list[Answer], output: Path, files: dict[str, dict[str, Any]]
+        self, metrics: dict[str, dict[str, float]], answers: dict[str, list[Answer]], output: Path
     ) -> dict[str, dict[str, float]]:
-        """Writes the predictions of a split; `files` gets what else is seen in them. Returns the metrics as `judge` has them."""
-        judge, rows = self.task.answers, list(self.rows[split])
-        sets = self.sets if split == "test" else {}
-        records = zip(answers, rows, set_names(sets, len(rows)), strict=True)
-        write_jsonl(output / PREDICTIONS[split], [{**named, **judge.record(a, row)} for a, row, named in records])
-        for name, seen in seen_in(judge, answers, rows, self.slices, sets).items():
-            files.setdefault(name, {})[split] = seen
-        of_sets = {f"{split}.{name}": found for name, found in judged_sets(judge, answers, rows, sets).items()}
-        return {split: metrics | ends_of(judge, answers, rows), **of_sets}
+        """Writes the predictions and what else is seen in them. Returns the metrics with what `judge` adds for `output`."""
+        judge, found = self.task.answers, {}
+        files: dict[str, dict[str, Any]] = {}
+        for split, given in answers.items():
+            rows, sets = list(self.rows[split]), self.sets if split == "test" else {}
+            records = zip(given, rows, set_names(sets, len(rows)), strict=True)
+            write_jsonl(output / PREDICTIONS[split], [{**named, **judge.record(a, row)} for a, row, named in records])
+            for name, seen in seen_in(judge, given, rows, self.slices, sets).items():
+                files.setdefault(name, {})[split] = seen
+            found[split] = metrics[split] | ends_of(judge, given, rows)
+            found |= {f"{split}.{name}": own for name, own in judged_sets(judge, given, rows, sets).items()}
+        for name, kept in files.items():
+            write_json(output / name, kept)
+        return found
 
 
 def prepare(rows: Mapping[str, Sequence[Row]], task: Task) -> Prepared:

@@ -259,3 +259,16 @@ def test_numbers_are_drawn_over_the_truth_and_a_kept_interval_shows(tmp_path):
     page = write_report(tmp_path).read_text()
     assert "score: true and answered" in page
     assert "86.2 to 89.7" in page
+
+
+def test_a_selection_shows_mean_and_deviation_of_all_its_models(tmp_path):
+    for number, right in ((1, 80), (2, 90)):
+        write_stage(tmp_path, f"teacher-seed{number}", "finetune", order=number, metrics={"test": classified(right, 100)})
+    reads = {"models[0]": "teacher-seed1", "models[1]": "teacher-seed2"}
+    spread = {"test": {"accuracy": {"mean": 85.0, "sd": 7.071}}}
+    facts = {"chosen": "teacher-seed2", "models": {"teacher-seed1": {}, "teacher-seed2": {}}, "spread": spread}
+    write_stage(tmp_path, "teacher", "select", reads, order=3, metrics={"test": classified(90, 100)}, **facts)
+    assert read_run(tmp_path).chain() == ["teacher-seed2", "teacher"]
+    page = write_report(tmp_path).read_text()
+    assert "teacher-seed2; all 2: 85.00 ± 7.07" in page
+    assert "mean of 2: 85.00 ± 7.07" in page
