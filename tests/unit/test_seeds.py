@@ -10,11 +10,14 @@ from engine.errors import UserError
 from engine.select import best_of, spread
 from engine.stage import lineage, read_stage
 from export.report import read_run, replay_recipe
+from launch import resume_check
 from launch.check import check_recipe
 from launch.pipeline import choose_stages, summary
 from launch.planning.plan import plan_recipe
 from launch.recipe import load_stages
 from launch.show import show_recipe
+from launch.slurm.script import BatchOptions
+from launch.slurm.submit import prepare_submission
 from tests.recipes import finetune_section, read_weights, run_here, train_section, write_recipe
 
 SEEDED = {"teacher": {"finetune": finetune_section(seeds=[3, 5])}, "int8": {"quantize": {"model": "teacher"}}}
@@ -76,6 +79,23 @@ def test_check_and_show_write_the_seeds_out_and_the_shown_recipe_is_the_same_wor
 def test_memory_is_planned_once_for_all_seeds(tmp_path):
     recipe = load_recipe(write_recipe(tmp_path, SEEDED))
     assert [plan.name for plan, _ in plan_recipe(recipe, load_stages(recipe), 1, "8GB")] == ["teacher-seed3"]
+
+
+def test_every_seed_is_a_job_of_its_own_on_slurm(tmp_path):
+    path = write_recipe(tmp_path, SEEDED)
+    submission = prepare_submission(path, [], tmp_path / "runs", [], BatchOptions(), [])
+    assert [stage.name for stage in submission.stages] == ["teacher-seed3", "teacher-seed5", "teacher", "int8"]
+    assert all(f"--stage {stage.name}" in text for stage, text in submission.scripts())
+
+
+def test_resume_is_proved_with_the_first_seed_and_settings_that_reach_it(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(resume_check, "_trials", lambda place, *rest: seen.append(place) or [])
+    resume_check.resume_check(write_recipe(tmp_path, SEEDED), [], tmp_path / "runs", "teacher", 10, 0, lambda text: None)
+    (place,) = seen
+    assert place.stage.name == "teacher-seed3"
+    assert "teacher.train.steps=10" in place.settings
+    assert load_stages(load_recipe(place.path, place.settings))[0].config.train.steps == 10
 
 
 @pytest.mark.parametrize(
