@@ -70,7 +70,7 @@ def test_it_learns_by_its_own_metric_and_every_stage_is_judged_by_it(run):
     for name in ("teacher", "student", "int8", "engine"):
         record = read_stage(run / name)
         assert record["metric"]["name"] == "error"
-        assert set(record["metrics"]["test"]) == {"error", "examples"}
+        assert set(record["metrics"]["test"]) == {"error", "error_low", "error_high", "examples"}
     history = [json.loads(line) for line in (run / "teacher" / "history.jsonl").read_text().splitlines()]
     errors = [line["validation"]["error"] for line in history if "validation" in line]
     assert min(errors) < 0.7 * errors[0]
