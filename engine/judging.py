@@ -25,7 +25,7 @@ MOST_GROUPS, FEWEST_ROWS = 12, 10
 """Of a slice: at most so many groups, each of at least so many rows; what is rarer is pooled."""
 BINS = 4
 """Groups of a column of numbers: quartiles."""
-RESAMPLES, EXAMPLES = (200, 1000), 200_000
+RESAMPLES, EXAMPLES = (200, 500), 100_000
 """Of the bootstrap of a group: about so many examples in all, in a number of resamples between these bounds."""
 WORST = 20
 """Errors that are kept with their texts."""

@@ -48,7 +48,11 @@ SignalBefore = Annotated[
     int, _slurm("Seconds before the time limit at which a checkpoint is saved.", min=1, max=65535, show_default=True)
 ]
 Sweep = Annotated[
-    list[str], _slurm("Run the recipe with each value, as array jobs; may be repeated: all combinations.", metavar="A.B=C,D,…")
+    list[str],
+    _slurm(
+        "Run the recipe with each value, or each point of a file, as array jobs; repeat it for all combinations.",
+        metavar="A.B=C,D,…",
+    ),
 ]
 TestOnly = Annotated[bool, _slurm("Ask sbatch whether and when the jobs would start.", "--test-only")]
 Wait = Annotated[bool, _slurm("Stay until the jobs have ended and tell how.", "--wait")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import shlex
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from engine.config import Recipe, load_recipe
 from engine.errors import PREEMPTED, UserError, did_you_mean
-from engine.stage import Stage, read_stage
+from engine.stage import SHARED, Stage, read_stage
 from launch.check import check_recipe
 from launch.points import Variant, draw_points, expand_sweep, write_points
 from launch.recipe import load_stages
@@ -226,6 +227,7 @@ def sweep(
 
     def run(point: Point) -> None:
         run_recipe(path, point.settings, runs, [each.name for each in point.stages])
+        shutil.rmtree(point.recipe.directory(SHARED), ignore_errors=True)  # else encoded rows would lie in the run of every point
 
     rows = table_of(points, run_points(points, [base], run, say))
     for written in write_table(directory, f"{base.name}: sweep of {stage}", rows):

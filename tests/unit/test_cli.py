@@ -272,6 +272,20 @@ def test_other_mistakes_with_files_are_one_line(bundle, tmp_path, call):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_file_of_rows_becomes_a_table_of_chosen_fields(bundle, tmp_path, call):
+    source = write_rows(tmp_path / "rows.jsonl", [{"id": f"a{number}", "text": text} for number, text in enumerate(TEXTS)])
+    table = tmp_path / "out.tsv"
+    options = ["--input", source, "--output", table, "--fields", "id,prediction=label,p=score", "--rows", len(TEXTS)]
+    assert call("predict", bundle, *options)[:2] == (0, "")
+    header, *lines = [line.split("\t") for line in table.read_text().splitlines()]
+    assert header == ["id", "prediction", "p"]
+    assert [line[0] for line in lines] == [f"a{number}" for number in range(len(TEXTS))]
+    assert {line[1] for line in lines} <= set(LABELS)
+    assert all(1 / 3 <= float(line[2]) <= 1 for line in lines)
+    status, _, err = call("predict", bundle, *options[:-1], 9)
+    assert_one_line(status, err, "8 rows, and --rows says 9")
+
+
 def test_a_full_disk_while_predicting_is_one_line(bundle, tmp_path, call, monkeypatch):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a film"}])
     original = Path.open

@@ -15,6 +15,7 @@ from launch.slurm.submit import prepare_submission
 from launch.sweep import points_of, run_points, show, table_of, write_table
 from launch.watchdog import StageError
 from tests.recipes import finetune_section, pretrain_section, run_here, train_section, write_recipe
+from tests.unit.runs import write_stage
 
 GRID = ["train.learning_rate=1e-3,3e-3", "train.steps=2,4"]
 
@@ -187,3 +188,20 @@ def test_a_sweep_that_is_asked_to_stop_stops(tmp_path):
     with pytest.raises(StageError, match="asked to stop"):
         run_points(points(write_recipe(tmp_path), "train.steps=2,3"), [], run, lambda text: None)
     assert len(ran) == 1
+
+
+def test_a_point_with_several_seeds_counts_by_their_mean(tmp_path):
+    path = write_recipe(tmp_path, {"teacher": {"finetune": finetune_section(seeds=[1, 2])}})
+    found = points(path, "train.steps=2,3")
+    assert [stage.name for stage in found[0].stages] == ["teacher-seed1", "teacher-seed2", "teacher"]
+    for point, mean, best in zip(found, (70.0, 80.0), (95.0, 81.0), strict=True):
+        spread = {"validation": {"accuracy": {"mean": mean, "sd": 5.0}}}
+        metrics = {"validation": {"accuracy": best, "examples": 100}}
+        facts = {"metrics": metrics, "spread": spread, "models": {"a": {}, "b": {}}, "seconds": {"this_run": 1.0}}
+        write_stage(point.recipe.runs / point.recipe.name, "teacher", "select", **facts)
+    rows = table_of(found, {})
+    assert [(row["value"], row["low"], row["high"], row["ends"]) for row in rows] == [
+        (80.0, 75.0, 85.0, "sd of 2"),
+        (70.0, 65.0, 75.0, "sd of 2"),
+    ]
+    assert "75 to 85 (sd of 2)" in show(rows)
