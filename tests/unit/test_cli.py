@@ -271,7 +271,6 @@ def test_other_mistakes_with_files_are_one_line(bundle, tmp_path, call):
     assert_one_line(*call("predict", bundle, "--input", rows, "--output", target)[::2], "its directory does not exist")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_file_of_rows_becomes_a_table_of_chosen_fields(bundle, tmp_path, call):
     source = write_rows(tmp_path / "rows.jsonl", [{"id": f"a{number}", "text": text} for number, text in enumerate(TEXTS)])
     table = tmp_path / "out.tsv"
@@ -286,6 +285,7 @@ def test_a_file_of_rows_becomes_a_table_of_chosen_fields(bundle, tmp_path, call)
     assert_one_line(status, err, "8 rows, and --rows says 9")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 def test_a_full_disk_while_predicting_is_one_line(bundle, tmp_path, call, monkeypatch):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a film"}])
     original = Path.open
