@@ -177,20 +177,20 @@ def _judge_groups(answers: Answers, given: Sequence[Answer], rows: Sequence[Row]
         heartbeat.beat("finish")
         return quick_intervals(answers, [given[row] for row in rows_N], [rows[row] for row in rows_N])
 
-    def apart(low: Interval, high: Interval) -> bool:
-        return low.high < high.low if sign > 0 else low.low > high.high
+    def chosen(rows_N: np.ndarray) -> Interval:
+        if not metric.counted:
+            return judged(rows_N)[metric.name]
+        return accuracy_interval(answers.right([given[row] for row in rows_N], [rows[row] for row in rows_N]))
 
     found = [(group, judged(group.rows_N)) for group in groups]
     overall = answers.metrics(list(given), rows)[metric.name]
-    whole = Interval(overall, overall, overall)
     worst = None
     for group, intervals in sorted(found, key=lambda pair: sign * pair[1][metric.name].value):
-        rest_N = np.setdiff1d(np.arange(len(rows)), group.rows_N)
-        # A group that is apart from the rest is apart from the whole, which saves judging most rests.
-        if len(group.rows_N) < FEWEST_ROWS or not len(rest_N) or not apart(intervals[metric.name], whole):
+        own, rest_N = intervals[metric.name], np.setdiff1d(np.arange(len(rows)), group.rows_N)
+        if min(len(group.rows_N), len(rest_N)) < FEWEST_ROWS or sign * own.value >= sign * overall:
             continue
-        rest = judged(rest_N)[metric.name]
-        if apart(intervals[metric.name], rest):
+        rest = chosen(rest_N)
+        if own.high < rest.low if sign > 0 else own.low > rest.high:
             worst = {"value": group.value, "rest": rest._asdict()}
             break
     return {

@@ -52,9 +52,11 @@ def test_every_task_has_a_page():
     assert shown == set(REGISTRY.own())
 
 
-def test_every_example_of_data_is_valid():
+def test_every_example_of_data_is_valid(tmp_path):
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    whole, *blocks = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "reviews.yaml").write_text(whole, encoding="utf-8")
+    assert load_stages(load_recipe(tmp_path / "reviews.yaml"))
     examples = [part for block in blocks for part in re.split(r"^(?=\w)", block, flags=re.MULTILINE) if part]
     assert len(examples) == 6
     for example in examples:

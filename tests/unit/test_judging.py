@@ -107,6 +107,11 @@ def test_a_group_that_is_clearly_worse_is_named_and_one_that_may_be_chance_is_no
     assert judge_slices(classifier(), *chance, ["language"])["language"]["worst"] is None
 
 
+def test_a_large_group_that_is_worse_than_a_small_rest_is_named_too():
+    answers, rows = answered([True] * 720 + [False] * 180 + [True] * 99 + [False], ["en"] * 900 + ["no"] * 100)
+    assert judge_slices(classifier(), answers, rows, ["language"])["language"]["worst"]["value"] == "en"
+
+
 def test_a_handful_of_rows_is_never_called_worse():
     rights = [True] * 200 + [False] * (FEWEST_ROWS - 1)
     found = judge_slices(classifier(), *answered(rights, ["en"] * 200 + ["no"] * (FEWEST_ROWS - 1)), ["language"])["language"]
