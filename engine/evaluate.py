@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from engine import heartbeat
 from engine.answers import Answer, Arrays, Row, Run
-from engine.answers._batches import Recorder, answer_all
+from engine.answers._batches import MASK, Recorder, answer_all
 from engine.data.batches import EVALUATION_BATCH, batches_by_length
 from engine.data.stored import lengths_of
 from engine.tasks import Example, Task
@@ -63,7 +62,7 @@ def torch_run(model: torch.nn.Module, task: Task) -> Run:
     def run(graph: str, arrays: Arrays) -> Arrays:
         batch = {name: torch.from_numpy(arrays[name]).to(device) for name in graphs[graph].inputs}
         with torch.no_grad():
-            outputs = graphs[graph].forward(model, batch)
+            outputs = graphs[graph].run(model, batch, batch.get(MASK))
         return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
 
     return run
@@ -137,17 +136,18 @@ def outputs_of(model: torch.nn.Module, task: Task, rows: Sequence[Row]) -> list[
 
 
 @torch.no_grad()
-def outputs_of_examples(
-    model: torch.nn.Module, task: Task, examples: Sequence[Example], ranks: Ranks = ALONE
-) -> tuple[np.ndarray, Arrays]:
-    """Runs this rank's share of encoded rows: every `processes`-th batch; all ranks run the same number of forward passes.
+def lessons_of(
+    model: torch.nn.Module, task: Task, examples: Sequence[Example], temperature: float, ranks: Ranks = ALONE
+) -> dict[int, Arrays]:
+    """Returns what a student imitates of this model, for this rank's share of encoded rows: every `processes`-th batch.
+
+    All ranks run the same number of forward passes.
 
     Returns:
-        (row numbers, shape (n,); outputs by name, each with n rows) of this rank's share.
+        {number of the example: {name: its part of `Task.lesson`}}.
     """
     batches = batches_by_length(lengths_of(examples), EVALUATION_BATCH)
-    rows: list[np.ndarray] = [np.zeros(0, dtype=np.int64)]
-    outputs: dict[str, list[np.ndarray]] = {name: [] for name in task.outputs}
+    found: dict[int, Arrays] = {}
     device = next(model.parameters()).device
     with evaluating(model):
         for turn in range(-(-len(batches) // ranks.processes)):
@@ -155,12 +155,14 @@ def outputs_of_examples(
             index = turn * ranks.processes + ranks.rank
             chosen = batches[min(index, len(batches) - 1)]
             batch = {k: v.to(device) for k, v in task.collate([examples[row] for row in chosen]).items()}
-            given = task.named(task.forward(model, batch))
-            if index < len(batches):
-                rows.append(chosen)
-                for name, parts in outputs.items():
-                    parts.append(given[name].cpu().numpy())
-    return np.concatenate(rows), {name: np.concatenate(parts) for name, parts in outputs.items() if parts}
+            given = task.lesson(task.named(task.forward(model, batch)), batch, temperature)
+            if index >= len(batches):
+                continue
+            arrays, sizes = {name: tensor.cpu().numpy() for name, tensor in given.items()}, task.sizes(batch).int().tolist()
+            for place, row in enumerate(chosen.tolist()):
+                part = (place, slice(sizes[place])) if task.aligned else place
+                found[row] = {name: array[part] for name, array in arrays.items()}
+    return found
 
 
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:

@@ -219,13 +219,14 @@ def compare(
     }
 
 
-def golden_rows(answers: Answers, rows: Sequence[Row], lengths: list[int]) -> list[Row]:
+def golden_rows(answers: Answers, rows: Sequence[Row]) -> list[Row]:
     """Returns GOLDEN rows spread evenly over the lengths, shortest and longest included: the inputs alone."""
     import numpy as np
 
-    order = np.argsort(lengths, kind="stable")
+    inputs = [answers.inputs(row) for row in rows]
+    order = np.argsort([sum(map(len, row.values())) for row in inputs], kind="stable")
     chosen = order[np.linspace(0, len(order) - 1, min(GOLDEN, len(order))).astype(int)]
-    return [{name: str(rows[row][column]) for name, column in answers.columns.items()} for row in chosen]
+    return [inputs[row] for row in chosen]
 
 
 def run(stage: Stage[ExportConfig]) -> None:
@@ -271,7 +272,7 @@ def run(stage: Stage[ExportConfig]) -> None:
     if config.baseline is not None:
         baseline = Path(stage.recipe.find_model(config.baseline))
         comparison |= compare(config, baseline, task, rows, evaluate_engine(engine, answers, rows)[1], size)
-    golden = golden_rows(answers, rows, [len(example["input_ids"]) for example in data.examples[judged]])
+    golden = golden_rows(answers, rows)
     write_bundle(
         stage.output,
         name=stage.recipe.name,

@@ -66,10 +66,15 @@ class ServedTensor(NamedTuple):
 class Answers(abc.ABC):
     """One task's answering half.
 
+    Attributes:
+        takes_words: an input may be a list of words, which is then taken as it is.
+
     Args:
         facts: JSON-able: the keys of the task's section of the recipe and what was learnt from the training rows.
         tokenizer: a `tokenizers.Tokenizer` that truncates and pads as the model needs it.
     """
+
+    takes_words = False
 
     def __init__(self, facts: dict[str, Any], tokenizer: Any) -> None:
         self.facts, self.tokenizer = facts, tokenizer
@@ -86,11 +91,15 @@ class Answers(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, rows: Sequence[Row]) -> Arrays:
-        """Returns the inputs of the first graph, of N rows; rows need no truth.
+        """Returns the inputs of the first graph, of N rows or more: a row may need several; rows need no truth.
 
         Raises:
             RowError: a row without its input.
         """
+
+    def inputs(self, row: Row) -> Row:
+        """Returns the inputs of a row alone, by their names, JSON-able."""
+        return {name: str(row[column]) for name, column in self.columns.items()}
 
     @abc.abstractmethod
     def answer(self, run: Run, rows: Sequence[Row]) -> list[Answer]:
@@ -175,6 +184,10 @@ class Answers(abc.ABC):
 
         texts = [json.dumps(answer, ensure_ascii=False).encode() for answer in answers]
         return {"ANSWER": np.array(texts, dtype=np.object_).reshape(len(answers), 1)}
+
+    def pieces(self, answer: Answer, row: Row) -> list[tuple[str, str | None]] | None:
+        """Returns the text of a row in pieces, each with what it was found to be, or None; None where a task finds no pieces."""
+        return None
 
     def line(self, answer: Answer) -> str:
         """Returns the answer in one line for a terminal, fields separated by tabs."""

@@ -36,6 +36,8 @@ class Column:
     """How often each value comes, of the first MOST_VALUES different ones."""
     sample: list[str] = field(default_factory=list)
     """The first values, as text."""
+    raw: list[Any] = field(default_factory=list)
+    """The same as they are."""
 
     def add(self, value: Any) -> None:
         """Counts one cell."""
@@ -50,6 +52,7 @@ class Column:
             self.values[text] += 1
         if len(self.sample) < SAMPLE:
             self.sample.append(text)
+            self.raw.append(value)
 
     @property
     def mean_words(self) -> float:

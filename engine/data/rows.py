@@ -15,6 +15,7 @@ from engine import heartbeat
 from engine.answers import Answer
 from engine.config import Recipe
 from engine.data.batches import BatchPlan
+from engine.data.ragged import RaggedArray
 from engine.data.readers import Row
 from engine.data.splits import Held, Splits, load_splits
 from engine.data.stored import RowWriter, StoredExamples, StoredRows, in_chunks, lengths_of, write_examples
@@ -48,14 +49,18 @@ class Prepared:
     """Columns by which held-out rows are judged apart."""
     sets: dict[str, int] = field(default_factory=dict)
     """{name of a test set: its rows}, where the test rows are several, one after the other."""
+    more: int = 0
+    """Training rows that are not among `rows`: texts for a teacher."""
 
     @property
     def describe(self) -> str:
         """Sizes of the splits, the labels and what truncation cut."""
-        sizes = ", ".join(f"{len(examples):,} {name}" for name, examples in self.examples.items())
+        sizes = ", ".join(f"{len(rows) + (self.more if name == 'train' else 0):,} {name}" for name, rows in self.rows.items())
         labels = f"; labels {', '.join(self.task.answers.labels)}" if self.task.answers.labels else ""
         cut = f"; {self.task.truncated:,} rows cut to {self.task.max_length} tokens" if self.task.truncated else ""
-        return f"{sizes} rows{labels}{cut}"
+        longer = f"; {self.task.windows:,} more windows of rows longer than {self.task.max_length} tokens"
+        more = longer if self.task.windows else ""
+        return "; ".join([f"{sizes} rows{labels}{cut}{more}", *self.task.notes])
 
     def evaluate(self, model: Any, split: str, processes: Processes) -> tuple[dict[str, float], list[Answer]]:
         """Returns (metrics, answers) of a split, shared out over all ranks."""
@@ -164,11 +169,11 @@ def prepare_on_disk(
         made_once(directory, lambda part: _store(config, recipe, part, task_of, more))
     about = json.loads((directory / ABOUT).read_text())
     task = kind(config.task, about["facts"], tokenizer, config.max_length)
-    task.truncated = about["truncated"]
+    task.truncated, task.windows = about["truncated"], about["windows"]
     rows = {name: StoredRows(directory / name) for name in about["splits"]}
     examples = {name: StoredExamples(directory / name) for name in rows}
     task.begin(examples["train"])
-    return Prepared(task, rows, examples, about["notes"], config.data.slices, about["sets"])
+    return Prepared(task, rows, examples, about["notes"], config.data.slices, about["sets"], about["more"])
 
 
 def _store(
@@ -182,11 +187,12 @@ def _store(
     rows = load_splits(
         config.data, recipe, wanted.split_by, wanted.columns, wanted.classes_of, lambda name: RowWriter(directory / name)
     )
-    task = task_of(rows["train"])
+    task, added = task_of(rows["train"]), list(more(rows))
     for name, split in rows.items():
-        every = itertools.chain(split, more(rows)) if name == "train" else iter(split)
+        every = itertools.chain(split, added) if name == "train" else iter(split)
         write_examples((example for chunk in in_chunks(every, CHUNK) for example in task.encode(chunk)), directory / name)
-    about = {"splits": list(rows), "facts": task.facts, "truncated": task.truncated, "notes": rows.notes, "sets": rows.sets}
+    counted = {"truncated": task.truncated, "windows": task.windows, "more": len(added)}
+    about = {"splits": list(rows), "facts": task.facts, **counted, "notes": rows.notes, "sets": rows.sets}
     (directory / ABOUT).write_text(json.dumps(about, ensure_ascii=False))
 
 
@@ -215,7 +221,8 @@ class LabelledBatches:
         task: collates them.
         batch_size: rows per optimizer step over all ranks.
         seed: of the shuffling.
-        extra: arrays with one entry per example that travel with the batch (a teacher's outputs, for example).
+        extra: arrays with one entry per example that travel with the batch (a teacher's outputs, for example); what they give for
+            an array of row numbers is taken.
     """
 
     def __init__(
@@ -224,7 +231,7 @@ class LabelledBatches:
         task: Task,
         batch_size: int,
         seed: int,
-        extra: dict[str, np.ndarray] | None = None,
+        extra: Mapping[str, np.ndarray | RaggedArray] | None = None,
     ) -> None:
         self.examples, self.task, self.extra = examples, task, extra or {}
         self.lengths = lengths_of(examples)
@@ -240,7 +247,7 @@ class LabelledBatches:
             batch: Batch = self.task.collate([self.examples[row] for row in rows])
             batch |= {name: torch.from_numpy(array[rows]) for name, array in self.extra.items()}
             # Unlabelled rows count when something else (a teacher) says what is right.
-            batch["count"] = len(rows) if self.extra else self.task.count(batch)
+            batch["count"] = float(self.task.sizes(batch).sum()) if self.extra else self.task.count(batch)
             batch["tokens"] = int(self.lengths[rows].sum())
             batches.append(batch)
         return batches

@@ -121,6 +121,8 @@ def load_model(
     """
     import torch
 
+    from engine.models.heads import add_part, load_part
+
     if isinstance(model, Path):
         ModelFiles(model).refuse_quantizer()
         if not random:
@@ -138,6 +140,7 @@ def load_model(
                 from engine.models.structure import apply_structure
 
                 apply_structure(built, getattr(config, STRUCTURE_KEY))
+            add_part(built)
             if not random:
                 _load_weights(built, Path(model))
             return built
@@ -151,6 +154,7 @@ def load_model(
             output_loading_info=True,
         )
         _require_fitting(built, model, loading, whole=settings is None)
+        load_part(built, model, whole=settings is None)
         return built
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

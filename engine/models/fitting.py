@@ -15,6 +15,7 @@ import torch
 from engine.errors import UserError
 from engine.models import load_model, read_config
 from engine.models.facts import listed, named, names_hint
+from engine.models.heads import fit_part
 from engine.tasks import Task, own_classes
 
 LABELS = ("num_labels", "id2label", "label2id")
@@ -47,6 +48,8 @@ def load_fitting(path: Path | str, task: Task, attention: str | None = None, ran
         said = [fit_head(model, own or [], labels) or ""]
         for key, value in settings.items():
             setattr(model.config, key, value)
+        same = own is not None and sorted(own) == sorted(labels)
+        fit_part(model, torch.tensor([own.index(label) for label in labels]) if own and same else None)
     return model, [*said, *fit_tokenizer(model, task.tokenizer)]
 
 

@@ -52,6 +52,21 @@ class Graph:
     """Names in order, float32."""
     forward: Callable[[Any, Batch], Batch]
     """(model, inputs by name) → outputs by name."""
+    of_tokens: frozenset[str] = frozenset()
+    """Outputs of shape (batch, length, …), with a value for each token: 0 at padding, whatever the model gives there."""
+
+    def run(self, model: Any, batch: Batch, mask_BL: torch.Tensor | None) -> Batch:
+        """Returns the outputs.
+
+        Args:
+            mask_BL: 1 for real tokens.
+        """
+        outputs = self.forward(model, batch)
+        if mask_BL is not None:
+            for name in self.of_tokens:
+                shape = (*mask_BL.shape, *(1,) * (outputs[name].ndim - 2))
+                outputs[name] = outputs[name].masked_fill(mask_BL.reshape(shape) == 0, 0.0)
+        return outputs
 
 
 class TaskConfig(Strict):
@@ -112,7 +127,8 @@ class Task(abc.ABC):
         config: its section.
         facts: from `learn` or `recall`.
         tokenizer: a fast tokenizer of transformers; it is saved beside the model.
-        max_length: longer rows are cut to this many tokens; `truncated` counts them.
+        max_length: longer rows are cut to this many tokens, which `truncated` counts, or make several examples: `windows` counts
+            those beyond the first.
     """
 
     head: ClassVar[str]
@@ -124,7 +140,7 @@ class Task(abc.ABC):
 
     def __init__(self, config: Any, facts: Facts, tokenizer: Any, max_length: int) -> None:
         self.config, self.facts, self.tokenizer, self.max_length = config, facts, tokenizer, max_length
-        self.truncated = 0
+        self.truncated = self.windows = 0
         self.answers: Any = answering(config.type)({**config.model_dump(mode="json"), **facts}, limited(tokenizer, max_length))
 
     @classmethod
@@ -171,12 +187,12 @@ class Task(abc.ABC):
         names = ["input_ids", "attention_mask", "token_type_ids"]
         return [name for name in names if name in self.tokenizer.model_input_names]
 
-    outputs: ClassVar[list[str]]
+    outputs: list[str]
     """Names of the tensors that `named` gives."""
 
     @abc.abstractmethod
     def encode(self, rows: Sequence[Row]) -> list[Example]:
-        """Tokenizes rows in order; a row without its truth is a row for a teacher.
+        """Tokenizes rows in order, one example or several for each; a row without its truth is a row for a teacher.
 
         Raises:
             UserError: a truth that the task cannot take; names file and line of a row that was read from one.
@@ -200,6 +216,12 @@ class Task(abc.ABC):
     def count(self, batch: Batch) -> float:
         """Returns the number of valid targets, or the sum of their weights: what `loss` counts."""
 
+    def sizes(self, batch: Batch) -> torch.Tensor:
+        """Returns how many things `imitation` compares in each row, labelled or not, float32 of shape (B,); by default one."""
+        import torch
+
+        return torch.ones(len(batch["input_ids"]), device=batch["input_ids"].device)
+
     def forward(self, model: Any, batch: Batch, **options: Any) -> Any:
         """Returns what the model returns."""
         return model(**{name: batch[name] for name in self.inputs}, **options)
@@ -211,6 +233,11 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def loss_of(self, outputs: Batch, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the loss as (sum over valid targets, number of valid targets)."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of what was learnt from the rows, a fact a line."""
+        return []
 
     @property
     def graphs(self) -> dict[str, Graph]:
@@ -229,9 +256,17 @@ class Task(abc.ABC):
         ids = torch.zeros(rows, length, dtype=torch.int64)
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().sum()
 
+    def lesson(self, outputs: Batch, batch: Batch, temperature: float) -> Batch:
+        """Returns what a student imitates, float32, from the outputs of a teacher, and of itself; by default the outputs.
+
+        A task that is `aligned` gives a tensor with a place for each of the things that `sizes` counts, shape (B, T, …), 0 behind
+        them.
+        """
+        return outputs
+
     @abc.abstractmethod
     def imitation(self, outputs: Batch, teacher: Batch, temperature: float) -> torch.Tensor:
-        """Returns how far a student is from its teacher, summed over rows; its unit is that of the loss."""
+        """Returns how far a student's lesson is from its teacher's, summed over what `sizes` counts, in the unit of the loss."""
 
 
 def limited(tokenizer: Any, max_length: int) -> Any:

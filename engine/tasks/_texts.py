@@ -6,14 +6,15 @@ Shapes: B rows, L tokens, C numbers of a row.
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import field_validator
 
-from engine.answers import Row
+from engine.answers import Row, RowError
 from engine.answers._texts import OUTPUT, identity, texts_of
 from engine.data.cells import Cell, CellError, text_cell
 from engine.data.sources import PlacedRow
@@ -86,6 +87,15 @@ def keys_as_text(value: Any) -> Any:
     return {str(key): entry for key, entry in value.items()} if isinstance(value, dict) else value
 
 
+@contextlib.contextmanager
+def placed(row: Row) -> Iterator[None]:
+    """Adds file and line to what is said about a row that was read from one."""
+    try:
+        yield
+    except (UserError, RowError) as error:
+        raise UserError(f"{row.path}:{row.line}: {error}" if isinstance(row, PlacedRow) else str(error)) from None
+
+
 def file_of(rows: Sequence[Row]) -> str:
     """Returns how a message begins that is about the file of some rows, as in "rows.csv: "; "" where they are of none."""
     return next((f"{row.path}: " for row in rows if isinstance(row, PlacedRow)), "")
@@ -143,15 +153,18 @@ class TextTask(Task):
         return examples
 
     def _placed_target(self, row: Row) -> Any:
-        try:
+        with placed(row):
             return self.target_of(row)
-        except UserError as error:
-            raise UserError(f"{row.path}:{row.line}: {error}" if isinstance(row, PlacedRow) else str(error)) from None
 
     def collate(self, examples: list[Example]) -> Batch:
         """Pads examples to the longest: input_ids, attention_mask, token_type_ids (B, L); labels (B,)."""
         import torch
 
+        arrays = self.padded(examples) | self.truths([example["label"] for example in examples])
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def padded(self, examples: list[Example]) -> dict[str, np.ndarray]:
+        """Returns the inputs of a batch, padded to the longest: input_ids, attention_mask, token_type_ids (B, L)."""
         length = max(len(example["input_ids"]) for example in examples)
         ids = np.full((len(examples), length), self.tokenizer.pad_token_id, dtype=np.int64)
         mask, types = np.zeros_like(ids), np.zeros_like(ids)
@@ -160,9 +173,7 @@ class TextTask(Task):
             ids[row, :size] = example["input_ids"]
             types[row, :size] = example["token_type_ids"]
             mask[row, :size] = 1
-        arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-        arrays |= self.truths([example["label"] for example in examples])
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
     def truths(self, found: list[Any]) -> dict[str, np.ndarray]:
         """Returns what a batch holds of the targets of its rows: `labels` (B,), `missing` for a row without one."""

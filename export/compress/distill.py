@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,6 @@ from engine.train_config import Trained
 if TYPE_CHECKING:
     import torch
 
-    from engine.answers import Arrays
     from engine.data.readers import Row
     from engine.data.rows import Prepared
     from engine.data.splits import Splits
@@ -110,7 +109,7 @@ def sentences_of(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def transfer_texts(transfer: TransferConfig, stage: Stage[Any], held_out: set[str]) -> list[str]:
+def transfer_texts(transfer: TransferConfig, stage: Stage[Any], held_out: Collection[str | None]) -> list[str]:
     """Returns distinct transfer texts, without any that is in `held_out` (validation and test texts).
 
     Raises:
@@ -136,12 +135,12 @@ def transfer_rows(stage: Stage[DistillConfig], rows: Splits) -> list[Row]:
     transfer, task = stage.config.transfer, stage.config.task
     if transfer is None:
         return []
-    held_out = {str(row[task.split_by]) for name in ("validation", "test") for row in rows.get(name, [])}
+    held_out = {text_cell(row[task.split_by]) for name in ("validation", "test") for row in rows.get(name, [])}
     return [task.unlabelled(text) for text in transfer_texts(transfer, stage, held_out)]
 
 
 class DistillationLoss:
-    """Summed distillation loss of a batch; `count` is its number of rows.
+    """Summed distillation loss of a batch; `count` is that of what a student imitates: rows, or words (`Task.sizes`).
 
     Args:
         config: weights and temperature.
@@ -153,25 +152,26 @@ class DistillationLoss:
         self.config, self.task, self.teacher = config, task, teacher
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (sum over rows, number of rows), two scalars."""
+        """Returns (sum, count), two scalars."""
         import torch
 
-        config = self.config
+        config, sizes_B = self.config, self.task.sizes(batch)
         output = self._forward(model, batch)
         outputs = self.task.named(output)
-        teacher = {name: batch[f"{TEACHER}{name}"] for name in outputs}
-        total = config.soft * self.task.imitation(outputs, teacher, config.temperature)
+        own = self.task.lesson(outputs, batch, config.temperature)
+        teacher = {name: batch[f"{TEACHER}{name}"] for name in own}
+        total = config.soft * self.task.imitation(own, teacher, config.temperature)
         total = total + config.hard * self.task.loss_of(outputs, batch)[0]
         if self.teacher is not None:
             with torch.no_grad():
                 target = self._forward(self.teacher, batch)
             if config.hidden:
                 pairs = matched(output.hidden_states[1:], target.hidden_states[1:])
-                total = total + config.hidden * token_mse(pairs, batch["attention_mask"])
+                total = total + config.hidden * token_mse(pairs, batch["attention_mask"], sizes_B)
             if config.attention:
                 maps = [(own.mean(dim=1), other.mean(dim=1)) for own, other in matched(output.attentions, target.attentions)]
-                total = total + config.attention * token_mse(maps, batch["attention_mask"])
-        return total, torch.tensor(len(batch["input_ids"]), device=total.device)
+                total = total + config.attention * token_mse(maps, batch["attention_mask"], sizes_B)
+        return total, sizes_B.sum()
 
     def _forward(self, model: torch.nn.Module, batch: Batch) -> Any:
         matching = self.teacher is not None
@@ -183,44 +183,62 @@ def matched(own: tuple[Any, ...], teacher: tuple[Any, ...]) -> list[tuple[Any, A
     return [(layer, teacher[(index + 1) * len(teacher) // len(own) - 1]) for index, layer in enumerate(own)]
 
 
-def token_mse(pairs: list[tuple[torch.Tensor, torch.Tensor]], mask_BL: torch.Tensor) -> torch.Tensor:
+def token_mse(
+    pairs: list[tuple[torch.Tensor, torch.Tensor]], mask_BL: torch.Tensor, sizes_B: torch.Tensor | None = None
+) -> torch.Tensor:
     """Returns Σ over rows of the mean squared difference over real tokens and features, averaged over layer pairs.
 
     Args:
         pairs: tensors of shape (B, L, F).
         mask_BL: 1 for real tokens.
+        sizes_B: what each row counts; None: 1.
     """
     import torch
 
     weight_BL = mask_BL / mask_BL.sum(dim=1, keepdim=True)
+    if sizes_B is not None:
+        weight_BL = weight_BL * sizes_B[:, None]
     losses = [(((own.float() - other.float()) ** 2).mean(dim=2) * weight_BL).sum() for own, other in pairs]
     return torch.stack(losses).mean()
 
 
-def teacher_outputs(model: Any, task: Task, examples: Sequence[Example], processes: Processes, directory: Path) -> Arrays:
-    """Returns the teacher's outputs for every example by `teacher_<name>`; computed once, then read from `directory`."""
+def teacher_outputs(
+    model: Any, task: Task, examples: Sequence[Example], temperature: float, processes: Processes, directory: Path
+) -> dict[str, Any]:
+    """Returns what a student imitates of the teacher, by `teacher_<name>`, an entry for every example.
+
+    It is computed once, then read from `directory`.
+    """
+    import json
+
     import numpy as np
     import torch
 
-    from engine.evaluate import outputs_of_examples
+    from engine.data.ragged import RaggedArray, write_ragged
+    from engine.evaluate import lessons_of
 
     if not directory.exists():  # on a file system that all ranks see alike
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=processes.precision == "bf16"):
-            share = outputs_of_examples(model.to(processes.device), task, examples, processes)
+            share = lessons_of(model.to(processes.device), task, examples, temperature, processes)
         shares = processes.gather(share)
 
         def write(part: Path) -> None:
-            for name in task.outputs:
-                given = [(rows, outputs[name]) for rows, outputs in shares if len(rows)]
-                whole = np.zeros((len(examples), *given[0][1].shape[1:]), dtype=np.float32)
-                for rows, values in given:
-                    whole[rows] = values
-                np.save(part / f"{name}.npy", whole)
+            lessons = {row: lesson for given in shares for row, lesson in given.items()}
+            names = list(lessons[0])
+            for name in names:
+                values = [lessons[row][name] for row in range(len(examples))]
+                if task.aligned:
+                    write_ragged(values, part, name)
+                else:
+                    np.save(part / f"{name}.npy", np.stack(values).astype(np.float32))
+            (part / "names.json").write_text(json.dumps(names))
 
         if processes.main:
             made_once(directory, write)
         processes.barrier()
-    return {f"{TEACHER}{name}": np.load(directory / f"{name}.npy", mmap_mode="r") for name in task.outputs}
+    names = json.loads((directory / "names.json").read_text())
+    read: Any = RaggedArray if task.aligned else lambda where, name: np.load(where / f"{name}.npy", mmap_mode="r")
+    return {f"{TEACHER}{name}": read(directory, name) for name in names}
 
 
 def run(stage: Stage[DistillConfig]) -> None:
@@ -273,14 +291,14 @@ def run(stage: Stage[DistillConfig]) -> None:
         keep_layers(student, layers_to_keep(config.student.layers, student.config.num_hidden_layers))
     if config.train.dropout is not None:
         set_dropout(student, config.train.dropout)
-    said = teacher_outputs(teacher, read.task, read.examples["train"], processes, shared / f"teacher-{processes.precision}")
+    said_in = shared / f"teacher-{processes.precision}-{config.temperature:g}"
+    said = teacher_outputs(teacher, read.task, read.examples["train"], config.temperature, processes, said_in)
     matching = teacher.to(processes.device) if config.hidden or config.attention else None
     batches = LabelledBatches(data.examples["train"], task, config.train.batch_size, stage.seed, said)
     judge = judge_of(data)
     loss = DistillationLoss(config, task, matching)
     fit = Fit(processes, student, loss, batches, judge, saver(student, task.tokenizer), stage.partial, stage.name, stage.seed)
-    more = len(data.examples["train"]) - len(data.rows["train"])
-    for note in [f"{processes.describe}; {data.describe}; {more:,} transfer texts", *data.notes]:
+    for note in [f"{processes.describe}; {data.describe}; {data.more:,} transfer texts", *data.notes]:
         fit.tracker.say(note)
     say_changes(fit.tracker.say, config.student.model or config.teacher, changes)
     state = fit.run()

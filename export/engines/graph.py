@@ -32,10 +32,11 @@ class _Traced(torch.nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         named = dict(zip(self.graph.inputs, tensors, strict=True))
-        if MASK in named:
+        mask_BL = named.get(MASK)
+        if mask_BL is not None:
             lowest = torch.finfo(torch.float32).min
-            named[MASK] = (1.0 - named[MASK][:, None, None, :].to(torch.float32)) * lowest
-        outputs = self.graph.forward(self.model, named)
+            named[MASK] = (1.0 - mask_BL[:, None, None, :].to(torch.float32)) * lowest
+        outputs = self.graph.run(self.model, named, mask_BL)
         return tuple(outputs[name] for name in self.graph.outputs)
 
 

@@ -10,17 +10,32 @@ from pathlib import Path
 
 from engine.data.readers.aligned import Aligned
 from engine.data.readers.base import FormatConfig, Head, Layout, Row
+from engine.data.readers.cluener import Cluener
+from engine.data.readers.conll import Conll
 from engine.data.readers.delimited import Delimited
+from engine.data.readers.doccano import Doccano
 from engine.data.readers.fasttext import FastText
 from engine.data.readers.files import ARCHIVES, COMPRESSED, extension_of, find_encoding, read_sample
 from engine.data.readers.hub import Hub
 from engine.data.readers.json_array import JsonArray
 from engine.data.readers.jsonl import JsonLines
+from engine.data.readers.label_studio import LabelStudio
 from engine.data.readers.lines import Lines
 from engine.data.readers.parquet import Parquet
 from engine.errors import UserError
 
-FORMATS: tuple[type[Layout], ...] = (JsonArray, JsonLines, Delimited, FastText, Lines, Parquet)
+FORMATS: tuple[type[Layout], ...] = (
+    LabelStudio,
+    JsonArray,
+    Cluener,
+    Doccano,
+    JsonLines,
+    Conll,
+    Delimited,
+    FastText,
+    Lines,
+    Parquet,
+)
 """In the order in which they are asked whether they accept a file of their extensions."""
 
 __all__ = ["FORMATS", "FormatConfig", "Layout", "Row", "find_layout"]

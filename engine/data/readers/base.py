@@ -16,15 +16,15 @@ from engine.errors import UserError
 
 Row = dict[str, Any]
 """Column name to value."""
-FormatName = Literal["jsonl", "json", "csv", "fasttext", "lines", "parquet"]
+FormatName = Literal["jsonl", "json", "csv", "fasttext", "lines", "parquet", "conll", "cluener", "doccano", "label_studio"]
 
 
 class FormatConfig(Strict):
     """How a file is laid out; what is not said is looked up in the file."""
 
     format: FormatName | None = None
-    """`jsonl`, `json` (one array), `csv` (TSV too), `fasttext`, `lines` (a row a line) or `parquet`; None: by extension and
-    content."""
+    """`jsonl`, `json` (one array), `csv` (TSV too), `fasttext`, `lines` (a row a line), `parquet`, `conll` (words and tags in
+    columns), or spans as in `cluener`, `doccano` and `label_studio`; None: by extension and content."""
     encoding: str | None = None
     """Of text files, a name that Python knows, as in `cp1252`; None: UTF-8 where the bytes are UTF-8, else UTF-16 or a guess."""
     delimiter: str | None = None
@@ -32,7 +32,8 @@ class FormatConfig(Strict):
     quoting: Literal["doubled", "backslash", "none"] | None = None
     """Of `csv`: a quote inside quotes is doubled (\"\"), follows a backslash, or quotes mean nothing (as in GLUE's TSV files)."""
     header: bool | list[str] | None = None
-    """Of `csv`: whether the first line names the columns, or their names where no line does. Unnamed ones are called 1, 2, …"""
+    """Of `csv`: whether the first line names the columns, or their names where no line does. Unnamed ones are called 1, 2, …
+    Of `conll`: names of the columns."""
     bad_lines: Literal["refuse", "drop"] | None = None
     """Of `csv`: lines with another number of cells than the header are refused, or left out and counted; None: refuse."""
     subset: str | None = None

@@ -1,0 +1,253 @@
+"""Sequence tagging, the answering half: scores of tags for the first token of each word in, entities with their characters out.
+
+Tags that mark entities are decoded so that they follow their scheme; other tags, as of parts of speech, are given word by word.
+
+Shapes: N rows, M windows, L tokens, V words with a token, C tags.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from engine.answers import MODEL, Answer, Arrays, Metric, Row, Run
+from engine.answers._chains import FORBIDDEN, best_paths, probabilities
+from engine.answers._marks import entities_of, tags_as_named, words_of
+from engine.answers._metrics import Counts
+from engine.answers._schemes import OUTSIDE, Span, allowed, parse, spans_of
+from engine.answers._texts import OUTPUT, TextAnswers, arrays_of, identity
+from engine.answers._words import Encoded, Words, encode, overlap
+
+TRANSITIONS = "transitions"
+"""What the graph of a model with a CRF gives beside the scores of the tags: its own scores, see `engine.answers._chains`."""
+REMEMBERED = 100_000
+"""Rows whose truth is kept: intervals of a metric ask for it again and again."""
+
+
+class Answers(TextAnswers):
+    """Entities of a text, or a tag for each word.
+
+    Facts: `text`, `label`: the columns; `names` instead of the tags and types of the data; `labels`: the tags by id; `scheme`, in
+    which they mark entities, None where they mark none; `source`: that of the data; `borders`; `stride`; `metric`.
+    """
+
+    METRICS = {"f1": Metric("f1"), "f1_macro": Metric("f1_macro"), "accuracy": Metric("accuracy")}
+    takes_words = True
+
+    def __init__(self, facts: dict[str, Any], tokenizer: Any) -> None:
+        super().__init__(facts, tokenizer)
+        self.tags: list[str] = facts["labels"]
+        self.scheme: str | None = facts["scheme"]
+        if not 0 < len(set(self.tags)) == len(self.tags):
+            raise ValueError("labels must be there, each of them once")
+        self.types = list(dict.fromkeys(parse(tag)[1] for tag in self.tags if tag != OUTSIDE)) if self.scheme else self.tags
+        self.rules = np.where(allowed(self.tags, self.scheme), 0.0, FORBIDDEN)
+        self.truths: dict[int, tuple[Row, list[Any] | None]] = {}
+        overlap(tokenizer, facts["stride"])
+
+    @property
+    def metric(self) -> Metric:
+        return self.METRICS[self.facts["metric"] or ("f1" if self.scheme else "accuracy")]
+
+    def words(self, row: Row) -> Words:
+        """Returns the words of a row.
+
+        Raises:
+            RowError: it has no text, or one that is not valid Unicode.
+        """
+        return words_of(row, self.facts["text"], self.facts["label"])
+
+    def encode(self, rows: Sequence[Row]) -> list[Encoded]:
+        """Tokenizes rows; every row has a window or more."""
+        return encode(self.tokenizer, [self.words(row) for row in rows])
+
+    def prepare(self, rows: Sequence[Row]) -> Arrays:
+        """Returns the inputs of M windows: those of the first row, of the second, and so on."""
+        return self._arrays(self.encode(rows))
+
+    def _arrays(self, encoded: list[Encoded]) -> Arrays:
+        windows = [window for each in encoded for window in each.windows]
+        longest = max(len(window.ids) for window in windows)
+        for window in windows if len({len(window.ids) for window in windows}) > 1 else ():
+            window.pad(longest, pad_id=self.tokenizer.padding["pad_id"], pad_token=self.tokenizer.padding["pad_token"])
+        return arrays_of(windows)
+
+    def answer(self, run: Run, rows: Sequence[Row]) -> list[Answer]:
+        """Returns {"entities": [{"start", "end", "type", "text", "score"}]} of each row: characters of its text, and the mean
+        probability of the tags of its words. Without a scheme {"tags": [{"start", "end", "tag", "text", "score"}]}, one for each
+        word; `tag` is None for a word of which the tokenizer makes nothing.
+
+        The text of given words has a space between two of them.
+        """
+        texts = [self.words(row) for row in rows]
+        encoded = encode(self.tokenizer, texts)
+        outputs = run(MODEL, self._arrays(encoded))
+        firsts = np.cumsum([0, *(len(each.windows) for each in encoded)])
+        emissions = [
+            outputs[OUTPUT][first + each.window_V, each.position_V] for first, each in zip(firsts, encoded, strict=False)
+        ]
+        tags, scores = self._decode(emissions, outputs[TRANSITIONS][0] if TRANSITIONS in outputs else None)
+        return [self._answer(*each) for each in zip(texts, encoded, tags, scores, strict=True)]
+
+    def _decode(self, emissions: list[np.ndarray], transitions: np.ndarray | None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Returns the best tags of each row, shape (V,), and the probability of each."""
+        if transitions is None:
+            paths = [emissions_VC.argmax(axis=1) for emissions_VC in emissions]
+            wrong = [row for row, path in enumerate(paths) if not self._follows(path)]
+            for row, path in zip(wrong, best_paths([emissions[row] for row in wrong], self.rules), strict=True):
+                paths[row] = path
+            shares = [_softmax(emissions_VC) for emissions_VC in emissions]
+        else:
+            scores = transitions + self.rules
+            paths = best_paths(emissions, scores)
+            outside = self.tags.index(OUTSIDE) if self.scheme else -1
+            told = [row for row, path in enumerate(paths) if (path != outside).any()]
+            found = dict(zip(told, probabilities([emissions[row] for row in told], scores), strict=True))
+            shares = [found.get(row, emissions_VC) for row, emissions_VC in enumerate(emissions)]
+        return paths, [share_VC[np.arange(len(path)), path] for share_VC, path in zip(shares, paths, strict=True)]
+
+    def _follows(self, path: np.ndarray) -> bool:
+        """Says whether tags follow the scheme as they are: the best ones of each word are then the best ones of all."""
+        size = len(self.tags)
+        steps = np.concatenate([[size], path]) if len(path) else path
+        return not len(path) or not (self.rules[steps[:-1], path].any() or self.rules[size + 1, path[-1]])
+
+    def _answer(self, words: Words, encoded: Encoded, path: np.ndarray, scores: np.ndarray) -> Answer:
+        tags = [self.tags[tag] for tag in path]
+        if self.scheme is not None:
+            return {"entities": [self._entity(words, encoded, span, scores) for span in spans_of(tags, self.scheme)]}
+        found = dict(zip(encoded.word_V.tolist(), zip(tags, scores.tolist(), strict=True), strict=True))
+        told = [found.get(index, (None, 0.0)) for index in range(len(words.places))]
+        return {
+            "tags": [
+                {"start": start, "end": end, "tag": tag, "text": words.text[start:end], "score": round(score, 6)}
+                for (start, end), (tag, score) in zip(words.places, told, strict=True)
+            ]
+        }
+
+    def _entity(self, words: Words, encoded: Encoded, span: Span, scores: np.ndarray) -> dict[str, Any]:
+        start, end = words.place(encoded.word_V[span.first], encoded.word_V[span.end - 1] + 1)
+        score = round(float(scores[span.first : span.end].mean()), 6)
+        return {"start": start, "end": end, "type": span.type, "text": words.text[start:end], "score": score}
+
+    def truth(self, row: Row) -> list[Any] | None:
+        """Returns the entities of a row as `Span` of characters, or the tags of its words; None for an unlabelled row.
+
+        Raises:
+            RowError: they are not there, or break their scheme.
+        """
+        kept = self.truths.get(id(row))
+        if kept is not None and kept[0] is row:
+            return kept[1]
+        if len(self.truths) >= REMEMBERED:
+            self.truths.clear()
+        found: list[Any] | None = None
+        if row.get(self.facts["label"]) is not None:
+            words = self.words(row)
+            if self.scheme is None:
+                found = self.word_tags(row, words)
+            else:
+                found = [Span(*words.place(first, end), kind) for first, end, kind in self.entities(row, words)]
+        self.truths[id(row)] = (row, found)
+        return found
+
+    def entities(self, row: Row, words: Words) -> list[Span]:
+        """Returns the entities of a labelled row as spans of words; raises as `truth`."""
+        facts = self.facts
+        return entities_of(row[facts["label"]], words, facts["source"], facts["names"], facts["borders"] == "widen")
+
+    def word_tags(self, row: Row, words: Words) -> list[str]:
+        """Returns the tags of a labelled row whose tags mark no entities; raises as `truth`."""
+        return tags_as_named(row[self.facts["label"]], words, self.facts["names"])
+
+    def metrics(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, float]:
+        """Returns precision, recall and F1 of entities in percent, and the number of examples.
+
+        An entity is right when its characters and its type are (Tjong Kim Sang and De Meulder 2003, cs/0306050); `f1_macro` is
+        the mean of the types. Without a scheme: the share of words with the right tag, and the mean F1 of the tags.
+        """
+        _, counts = self._counts(answers, rows)
+        both, predicted, true = (int(part.sum()) for part in counts)
+        macro = counts.f1[counts.predicted + counts.true > 0]
+        means = {"f1_macro": 100.0 * float(macro.mean()) if len(macro) else 0.0, "examples": len(rows)}
+        if self.scheme is None:
+            return {"accuracy": 100.0 * both / max(1, true), **means}
+        precision, recall = 100.0 * both / max(1, predicted), 100.0 * both / max(1, true)
+        return {"f1": 100.0 * counts.f1_micro, "precision": precision, "recall": recall, **means}
+
+    def table(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+        """Returns precision, recall, F1 in percent of each type, and its number (`rows`): entities, or words."""
+        kinds, counts = self._counts(answers, rows)
+        return counts.table(kinds)
+
+    def _counts(self, answers: list[Answer], rows: Sequence[Row]) -> tuple[list[str], Counts]:
+        """Returns (types of entities or tags, those that only the truth knows behind the others; how often each is right)."""
+        both, predicted, true = Counter[str](), Counter[str](), Counter[str]()
+        for answer, row in zip(answers, rows, strict=True):
+            truth, given = self.truth(row) or [], self._given(answer)
+            if self.scheme is None:
+                both.update(tag for tag, other in zip(truth, given, strict=True) if tag == other)
+                predicted.update(tag for tag in given if tag is not None)
+                true.update(truth)
+            else:
+                both.update(span.type for span in set(truth) & set(given))
+                predicted.update(span.type for span in given)
+                true.update(span.type for span in truth)
+        kinds = list(dict.fromkeys([*self.types, *sorted(true)]))
+        return kinds, Counts(*(np.array([count[kind] for kind in kinds]) for count in (both, predicted, true)))
+
+    def _given(self, answer: Answer) -> list[Any]:
+        """Returns what was answered as `truth` has it."""
+        if self.scheme is None:
+            return [entry["tag"] for entry in answer["tags"]]
+        return [Span(entry["start"], entry["end"], entry["type"]) for entry in answer["entities"]]
+
+    def agreement(self, answers: list[Answer], others: list[Answer]) -> float:
+        """Returns the mean over rows of how far they are the same: the F1 of one model's entities against the other's, 1 where
+        neither has any; or the share of words with the same tag."""
+        return float(np.mean([self._alike(one, other) for one, other in zip(answers, others, strict=True)]))
+
+    def _alike(self, one: Answer, other: Answer) -> float:
+        own, there = self._given(one), self._given(other)
+        if not own and not there:
+            return 1.0
+        if self.scheme is None:
+            return sum(tag == same for tag, same in zip(own, there, strict=False)) / max(len(own), len(there))
+        return 2 * len(set(own) & set(there)) / (len(own) + len(there))
+
+    def identity(self, row: Row) -> str:
+        return identity([self.words(row).text])
+
+    def inputs(self, row: Row) -> Row:
+        value = row.get(self.facts["text"], row.get("text"))
+        return {"text": list(value) if isinstance(value, (list, tuple)) else str(value)}
+
+    def record(self, answer: Answer, row: Row) -> dict[str, Any]:
+        """Returns {"id", "text", "label", "prediction"}; entities are [start, end, type], characters of the text."""
+        truth = self.truth(row)
+        shown = [list(each) if isinstance(each, Span) else each for each in truth] if truth is not None else None
+        given = [list(each) if isinstance(each, Span) else each for each in self._given(answer)]
+        return {"id": self.identity(row), "text": self.words(row).text, "label": shown, "prediction": given}
+
+    def pieces(self, answer: Answer, row: Row) -> list[tuple[str, str | None]]:
+        """Returns the text in pieces, each with the type of its entity or its tag, or None."""
+        text, end = self.words(row).text, 0
+        found: list[tuple[str, str | None]] = []
+        for entry in answer["tags"] if self.scheme is None else answer["entities"]:
+            found += [(text[end : entry["start"]], None), (entry["text"], entry["tag"] if self.scheme is None else entry["type"])]
+            end = entry["end"]
+        return [(piece, kind) for piece, kind in [*found, (text[end:], None)] if piece]
+
+    def line(self, answer: Answer) -> str:
+        """Returns the entities with their types and scores, or the tags; `-` for none."""
+        if self.scheme is None:
+            return " ".join(str(entry["tag"]) for entry in answer["tags"]) or "-"
+        return ", ".join(f"{each['type']} {each['text']} {each['score']:.4f}" for each in answer["entities"]) or "-"
+
+
+def _softmax(emissions_VC: np.ndarray) -> np.ndarray:
+    shares_VC = np.exp(emissions_VC - emissions_VC.max(axis=1, keepdims=True, initial=-np.inf))
+    return shares_VC / shares_VC.sum(axis=1, keepdims=True)

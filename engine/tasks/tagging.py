@@ -1,0 +1,377 @@
+"""Sequence tagging, the training half: a score for every tag at the first token of each word; a softmax over each, or a CRF.
+
+Rows longer than `max_length` become several examples, windows that overlap. Every word is learnt in one of them, where most
+tokens stand around it.
+
+Shapes: B examples, L tokens, W words of the longest, C tags.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from engine.answers import Row
+from engine.answers._marks import are_tags, entities_of, listed, named_tag, types_of, words_of
+from engine.answers._schemes import OUTSIDE, Evidence, labels_of, marks_entities, parse, tags_of
+from engine.answers._words import Encoded, Words
+from engine.answers.tagging import OUTPUT, TRANSITIONS
+from engine.data.cells import Cell, CellError, text_cell
+from engine.data.columns import Proposal
+from engine.errors import UserError, did_you_mean
+from engine.models.heads import HEAD_KEY
+from engine.tasks import FACTS, Example, Facts, TaskConfig
+from engine.tasks._texts import TextTask, cell_of, facts_in_order, file_of, keys_as_text, labels_as_settings, placed
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.data.columns import Table
+    from engine.tasks import Batch
+
+CRF = "crf"
+"""The part of a model (engine.models.heads) that gives its transitions."""
+LESSON = "log_probabilities"
+SHOWN = 8
+"""Types that a line lists."""
+
+
+def words_cell(value: Any) -> Any:
+    """Returns a text, or a list of words as it is."""
+    if not isinstance(value, (list, tuple)):
+        return text_cell(value)
+    text_cell(value)  # refuses what are no words
+    if any(not word.strip() for word in value):
+        raise CellError("holds a word without a character: leave it out, with its tag")
+    return list(value) or None
+
+
+class Config(TaskConfig):
+    """Tags of the words of a text, or the entities in it."""
+
+    type: Literal["tagging"]
+    text: str = "text"
+    """Column of the text, or of a list of its words."""
+    label: str = "label"
+    """Column of the truth: a list of tags, one for each word, or of spans [start, end, type] of characters."""
+    names: dict[str, str] = {}
+    """Names to show instead of the file's tags or types, as in {PER: person}, or {"0": O, "1": B-PER} where tags are numbers."""
+    crf: bool = False
+    """Learn which tag follows which, too (a conditional random field), and take the best sequence of a sentence's tags."""
+    scheme: Literal["auto", "bio", "iob1", "bioes", "bmes", "bilou", "none"] = "auto"
+    """How the tags of the data mark entities; `auto`: seen in the training rows; `none`: they mark none, as parts of speech."""
+    learns: Literal["bio", "bioes"] = "bio"
+    """The tags that the model gives: beginning and inside, or also the end, and single words (more tags, more to learn)."""
+    stride: int | None = Field(None, ge=0)
+    """Tokens that neighbouring windows of a long row share; None: a quarter of max_length."""
+    borders: Literal["refuse", "widen"] = "refuse"
+    """A span that does not begin and end with words: name the first one and stop, or let them grow to whole words."""
+    unread: Literal["refuse", "skip"] = "refuse"
+    """A given word, or one of an entity, of which the tokenizer makes nothing (signs of format alone): name the first one and
+    stop, or learn nothing from it."""
+    metric: Literal["f1", "f1_macro", "accuracy"] | None = None
+    """Chooses the best weights; None: F1 of entities, or the accuracy of tags that mark none."""
+
+    _names = field_validator("names", mode="before")(lambda value: keys_as_text(value))
+
+    @property
+    def columns(self) -> dict[str, Cell]:
+        return {self.text: words_cell, self.label: cell_of(listed)}
+
+    def unlabelled(self, text: str) -> Row:
+        return {self.text: text}
+
+    def classes_of(self, row: Row) -> list[str]:
+        label = row.get(self.label) or []
+        if are_tags(label) and (self.scheme == "none" or not marks_entities(self.called(label))):
+            return sorted(set(self.called(label)))
+        return labels_of(sorted(set(types_of(label, self.names))), self.learns)
+
+    def called(self, tags: Sequence[str]) -> list[str]:
+        """Returns tags by their new names."""
+        return [named_tag(tag, self.names) for tag in tags]
+
+    def class_name(self, name: str) -> str:
+        return named_tag(name, self.names)
+
+    def source_of(self, rows: Sequence[Row]) -> str | None:
+        """Returns the scheme of the tags of rows; None where they mark no entities, `bio` where rows hold spans alone.
+
+        Raises:
+            UserError: tags that are numbers without names, or that mark no entities where spans do.
+        """
+        evidence, spans = Evidence(), False
+        for row in rows:
+            label = row[self.label]
+            if are_tags(label):
+                evidence.add(self.called(label))
+            spans = spans or bool(label and not are_tags(label))
+        column = f"{file_of(rows)}column '{self.label}'"
+        if evidence.tags and all(tag.isdigit() for tag in evidence.tags):
+            raise UserError(f"{column} holds numbers for tags: name them (task.names: {{0: O, 1: …}})")
+        found = {"auto": evidence.scheme, "none": None}.get(self.scheme, self.scheme)
+        if spans and evidence.tags and found is None:
+            raise UserError(f"{column} holds spans in some rows, and tags that mark none in others")
+        return "bio" if spans and not evidence.tags else found
+
+    def check_rows(self, rows: Sequence[Row], complete: bool) -> None:
+        """Looks at the truth of the training rows.
+
+        Raises:
+            UserError: tags that break their scheme, spans that are not at words; names file and line of the first.
+        """
+        source = self.source_of(rows)
+        for row in rows:
+            label = row[self.label]
+            with placed(row):
+                words = words_of(row, self.text, self.label)
+                if source is not None:
+                    entities_of(label, words, source, self.names, self.borders == "widen")
+
+    @classmethod
+    def propose(cls, table: Table, given: dict[str, str]) -> Proposal | None:
+        named = {key: table.column(name).name for key, name in given.items()}
+        text, label = named.get("text"), named.get("label")
+        for name, column in table.columns.items():
+            if label is None and name != text and column.raw and all(_holds_marks(value) for value in column.raw):
+                label = name
+        for name, column in table.columns.items():
+            if text is None and name != label and column.raw and all(isinstance(value, (str, list)) for value in column.raw):
+                text = name if name.lower() in ("text", "words", "tokens", "sentence") or text is None else text
+        if text is None or label is None:
+            return None
+        labels = [listed(value) for value in table.columns[label].raw]
+        rows = [{text: words, label: marks} for words, marks in zip(table.columns[text].raw, labels, strict=False)]
+        config = cls(type="tagging", text=text, label=label)
+        source = config.source_of(rows)
+        types = sorted({kind for marks in labels for kind in (types_of(marks, {}) if source else marks)})
+        what = f"entities of {len(types)} types" if source else f"{len(types)} tags"
+        shown = ", ".join(types[:SHOWN]) + (", …" if len(types) > SHOWN else "")
+        seen = {
+            "text": f"{table.columns[text].mean_words:.0f} words on average",
+            "label": f"{what}: {shown}" + (f"; tags in {source}" if source and any(map(are_tags, labels)) else ""),
+        }
+        advice = "crf: true  # learn which tag follows which, too"
+        return Proposal({"text": text, "label": label}, seen, [text], fit=2.0, advice=advice)
+
+
+def _holds_marks(value: Any) -> bool:
+    """Says whether a cell is a list of tags, or of spans; a list of words may only be the text."""
+    if not isinstance(value, list):
+        return False
+    try:
+        marks = listed(value)
+    except ValueError:
+        return False
+    return not are_tags(marks) or marks_entities(marks) or set(marks) <= {OUTSIDE} or all(mark.isupper() for mark in marks)
+
+
+class Task(TextTask):
+    """The tagging task. Facts: `labels`, the tags by id; `scheme`, in which they mark entities, or None; `source`, the data's."""
+
+    head = "AutoModelForTokenClassification"
+    says = "a model that tags words"
+    aligned = True
+
+    def __init__(self, config: Config, facts: Facts, tokenizer: Any, max_length: int) -> None:
+        try:
+            super().__init__(config, facts, tokenizer, max_length)
+        except ValueError as error:
+            raise UserError(f"task.type={config.type}: {error}") from None
+        fitting, what = (("f1", "f1_macro"), "mark") if facts["scheme"] else (("accuracy", "f1_macro"), "do not mark")
+        if config.metric is not None and config.metric not in fitting:
+            raise UserError(f"task.metric={config.metric}: these tags {what} entities: take {' or '.join(fitting)}")
+        self.outputs = [OUTPUT, TRANSITIONS] if config.crf else [OUTPUT]
+
+    @classmethod
+    def learn(cls, config: Config, rows: Sequence[Row]) -> Facts:
+        """Returns the tags of the training rows, and how they mark entities.
+
+        Raises:
+            UserError: there are none, or they break their scheme.
+        """
+        config.check_rows(rows, complete=True)
+        source = config.source_of(rows)
+        kinds: set[str] = set()
+        for row in rows:
+            kinds.update(types_of(row[config.label], config.names) if source else config.called(row[config.label]))
+        if len(kinds) < (1 if source else 2):
+            found = "no entity" if source else "one tag only"
+            raise UserError(f"{file_of(rows)}column '{config.label}' holds {found}: there is nothing to learn")
+        labels = labels_of(sorted(kinds), config.learns) if source else sorted(kinds)
+        return {"labels": labels, "scheme": config.learns if source else None, "source": source}
+
+    @classmethod
+    def in_order(cls, facts: Facts, own: list[str]) -> Facts:
+        return facts_in_order(facts, own)
+
+    @classmethod
+    def recall(cls, config: Config, model: Any) -> Facts:
+        labels = [config.class_name(model.id2label[index]) for index in range(model.num_labels)]
+        has = getattr(model, HEAD_KEY, None) == CRF
+        if has != config.crf:
+            raise UserError(f"the model has {'a' if has else 'no'} CRF: set task.crf: {str(has).lower()}")
+        kept = getattr(model, FACTS, None) or {}
+        if kept.get("type") == config.type:
+            return {"labels": labels, "scheme": kept["scheme"], "source": kept["source"]}
+        # Somebody else's model: the scheme follows from its tags; the data is read in the scheme that the section names.
+        scheme = None
+        if marks_entities(labels):
+            scheme = "bioes" if any(parse(label)[0] in "ES" for label in labels) else "bio"
+        source = {"auto": scheme, "none": None}.get(config.scheme, config.scheme)
+        return {"labels": labels, "scheme": scheme, "source": source}
+
+    def settings(self) -> dict[str, Any]:
+        return {**labels_as_settings(self.facts["labels"]), HEAD_KEY: CRF if self.config.crf else None, **self.kept}
+
+    @property
+    def notes(self) -> list[str]:
+        if self.answers.scheme is None:
+            return [f"{len(self.answers.tags)} tags"]
+        source, types = self.facts["source"], self.answers.types
+        shown = ", ".join(types[:SHOWN]) + (f", … ({len(types)})" if len(types) > SHOWN else "")
+        read = f"; tags of the data read as {source}" if source != self.answers.scheme else ""
+        return [f"entities {shown}{read}; the model gives {self.answers.scheme}"]
+
+    def target_of(self, row: Row) -> list[int]:
+        """Returns the tag of each word.
+
+        Raises:
+            UserError: a tag that training never saw.
+            RowError: no truth that can be read, see `engine.answers.tagging`.
+        """
+        words = self.answers.words(row)
+        if row.get(self.config.label) is None:
+            return [int(self.missing)] * len(words.places)
+        if self.answers.scheme is None:
+            tags = self.answers.word_tags(row, words)
+        else:
+            tags = tags_of(self.answers.entities(row, words), len(words.places), self.answers.scheme)
+        for tag in tags:
+            if tag not in self.number:
+                raise UserError(f"tag '{tag}' is none of the training rows{did_you_mean(tag, list(self.number))}")
+        return [self.number[tag] for tag in tags]
+
+    @functools.cached_property
+    def number(self) -> dict[str, int]:
+        """{tag: its id}."""
+        return {tag: index for index, tag in enumerate(self.facts["labels"])}
+
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        """Tokenizes rows in order, an example for each window.
+
+        Returns:
+            {"input_ids", "token_type_ids", "firsts": places of the first tokens of the words that are learnt here, "label": their
+            tags, -100 for a row without, "whole": 1 where the row's first, and its last word is among them, "id"}.
+        """
+        examples = []
+        rows = list(rows)
+        for row, encoded in zip(rows, self.answers.encode(rows), strict=True):
+            with placed(row):
+                label_W = np.asarray(self.target_of(row), dtype=np.int64)
+                self._require_read(row, encoded, label_W)
+            self.windows += len(encoded.windows) - 1
+            name = self.answers.identity(row)
+            examples += [self._window(encoded, number, label_W, name) for number in range(len(encoded.windows))]
+        return examples
+
+    def _window(self, encoded: Encoded, number: int, label_W: np.ndarray, name: str) -> Example:
+        window, mine = encoded.windows[number], np.flatnonzero(encoded.window_V == number)
+        real = np.flatnonzero(window.attention_mask)
+        part = slice(real[0], real[-1] + 1)
+        last = len(encoded.word_V) - 1
+        return {
+            "input_ids": window.ids[part],
+            "token_type_ids": window.type_ids[part],
+            "firsts": (encoded.position_V[mine] - real[0]).tolist(),
+            "label": label_W[encoded.word_V[mine]].tolist(),
+            "whole": [int(place in mine) for place in (0, last)],
+            "id": name,
+        }
+
+    def _require_read(self, row: Row, encoded: Encoded, label_W: np.ndarray) -> None:
+        """Raises UserError for a labelled word without a token, unless such words are skipped."""
+        if self.config.unread == "skip" or len(encoded.word_V) == len(label_W) or row.get(self.config.label) is None:
+            return
+        words: Words = self.answers.words(row)
+        for index in sorted(set(range(len(label_W))) - set(encoded.word_V.tolist())):
+            if words.given or (self.answers.scheme and label_W[index] != self.number[OUTSIDE]):
+                raise UserError(
+                    f"word {index + 1}, {words.word(index)!a}, becomes no token of this tokenizer: remove it with its tag, or "
+                    "let such words be skipped (task.unread: skip)"
+                )
+
+    def collate(self, examples: list[Example]) -> Batch:
+        """Pads examples to the longest: the inputs (B, L); firsts, labels (B, W); words (B,); whole (B, 2)."""
+        import torch
+
+        words_B = np.array([len(example["firsts"]) for example in examples])
+        firsts_BW = np.zeros((len(examples), max(1, words_B.max())), dtype=np.int64)
+        labels_BW = np.full_like(firsts_BW, int(self.missing))
+        for row, example in enumerate(examples):
+            firsts_BW[row, : words_B[row]] = example["firsts"]
+            labels_BW[row, : words_B[row]] = example["label"]
+        whole_B2 = np.array([example["whole"] for example in examples], dtype=np.int64)
+        arrays = {**self.padded(examples), "firsts": firsts_BW, "labels": labels_BW, "words": words_B, "whole": whole_B2}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def sizes(self, batch: Batch) -> torch.Tensor:
+        return batch["words"].float()
+
+    def named(self, output: Any) -> Batch:
+        """Returns the scores of the tags of every token, shape (B, L, C), and of a CRF's transitions, (B, C + 2, C), float32."""
+        outputs = {OUTPUT: output.logits.float()}
+        return {**outputs, TRANSITIONS: output[CRF].float()} if self.config.crf else outputs
+
+    @property
+    def graphs(self) -> dict[str, Any]:
+        from dataclasses import replace
+
+        return {name: replace(graph, of_tokens=frozenset({OUTPUT})) for name, graph in super().graphs.items()}
+
+    def loss_of(self, outputs: Batch, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross entropy of the tags, or the negative log-likelihood of a CRF: (sum in nats, number of labelled words)."""
+        from torch.nn import functional
+
+        emissions_BWC, labels_BW = _at_words(outputs, batch), batch["labels"]
+        count = (labels_BW >= 0).sum()
+        if not self.config.crf:
+            return functional.cross_entropy(emissions_BWC.flatten(0, 1), labels_BW.flatten(), reduction="sum"), count
+        from engine.models.crf import negative_log_likelihood
+
+        labelled_B = labels_BW[:, 0] >= 0
+        losses_B = negative_log_likelihood(
+            emissions_BWC, labels_BW.clamp(min=0), batch["words"], outputs[TRANSITIONS][0], batch["whole"]
+        )
+        return (losses_B * labelled_B).sum(), count
+
+    def lesson(self, outputs: Batch, batch: Batch, temperature: float) -> Batch:
+        """Returns the logarithm of the probability of every tag of each word, (B, W, C), of the softened distribution: a softmax,
+        or the CRF's over all sequences of tags (arXiv:2004.03846)."""
+        import torch
+
+        emissions_BWC = _at_words(outputs, batch) / temperature
+        if self.config.crf:
+            from engine.models.crf import log_marginals
+
+            found_BWC = log_marginals(emissions_BWC, batch["words"], outputs[TRANSITIONS][0] / temperature, batch["whole"])
+            return {LESSON: found_BWC}
+        inside_BW = torch.arange(emissions_BWC.shape[1], device=emissions_BWC.device) < batch["words"][:, None]
+        return {LESSON: emissions_BWC.log_softmax(dim=2).masked_fill(~inside_BW[..., None], 0.0)}
+
+    def imitation(self, outputs: Batch, teacher: Batch, temperature: float) -> torch.Tensor:
+        """Σ over words of T² × KL(teacher ‖ student) of the distributions of `lesson` (Hinton et al. 2015, arXiv:1503.02531)."""
+        from torch.nn import functional
+
+        own_BWC, target_BWC = outputs[LESSON], teacher[LESSON].float()
+        return temperature**2 * functional.kl_div(own_BWC, target_BWC, reduction="sum", log_target=True)
+
+
+def _at_words(outputs: Batch, batch: Batch) -> torch.Tensor:
+    """Returns the scores at the first tokens of the words, shape (B, W, C)."""
+    logits_BLC = outputs[OUTPUT]
+    return logits_BLC.gather(1, batch["firsts"][..., None].expand(-1, -1, logits_BLC.shape[2]))
