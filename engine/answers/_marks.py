@@ -6,9 +6,8 @@ A label is a list: of tags, one for each word, or of spans [start, end, type], c
 from __future__ import annotations
 
 import bisect
-import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.answers import Row, RowError
 from engine.answers._schemes import OUTSIDE, SchemeError, Span, parse, spans_of
@@ -60,31 +59,45 @@ def tags_as_named(label: Any, words: Words, names: dict[str, str]) -> list[str]:
     return [named_tag(tag, names) for tag in label]
 
 
-def entities_of(label: Any, words: Words, scheme: str | None, names: dict[str, str], widen: bool) -> list[Span]:
-    """Returns the entities of a row as spans of words, in order.
+class Reading(NamedTuple):
+    """How the truth of rows is read."""
 
-    Args:
-        scheme: of tags.
-        widen: a span that begins or ends inside of a word, or beside one, gets all of it.
+    scheme: str | None
+    """Of tags; None: they mark no entities."""
+    names: dict[str, str]
+    """Names instead of tags and types."""
+    widen: bool
+    """A span that begins or ends inside of a word, or beside one, gets all of it."""
+    longest: bool
+    """Of spans that share a word the longest is taken."""
+
+
+def entities_of(label: Any, words: Words, reading: Reading) -> list[Span]:
+    """Returns the entities of a row as spans of words, in order.
 
     Raises:
         RowError: tags that break their scheme; spans that lie outside of the text, over each other or at no borders of words.
     """
     if are_tags(label):
-        tags = tags_as_named(label, words, names)
+        tags = tags_as_named(label, words, reading.names)
         try:
-            return spans_of(tags, scheme or "bio")
+            return spans_of(tags, reading.scheme or "bio")
         except SchemeError as error:
-            raise RowError(f"word {error.index + 1}, '{words.word(error.index)}': {error} (scheme {scheme})") from None
-    found = sorted(_words_between(span, words, names, widen) for span in label)
-    for one, other in itertools.pairwise(found):
-        if other.first < one.end:
-            both = " and ".join(f"'{words.between(each.first, each.end)}' ({each.type})" for each in (one, other))
-            raise RowError(f"two spans share a word, {both}: a word gets one tag, remove one of them")
-    return found
+            raise RowError(f"word {error.index + 1}, '{words.word(error.index)}': {error} (scheme {reading.scheme})") from None
+    found: list[Span] = []
+    for span in sorted((_words_between(span, words, reading) for span in label), key=lambda span: span.first - span.end):
+        other = next((kept for kept in found if kept.first < span.end and span.first < kept.end), None)
+        if other is None:
+            found.append(span)
+        elif not reading.longest:
+            both = " and ".join(f"'{words.between(each.first, each.end)}' ({each.type})" for each in (other, span))
+            raise RowError(
+                f"two spans share a word, {both}: remove one, or keep the longer of such spans (task.overlaps: longest)"
+            )
+    return sorted(found)
 
 
-def _words_between(span: Sequence[Any], words: Words, names: dict[str, str], widen: bool) -> Span:
+def _words_between(span: Sequence[Any], words: Words, reading: Reading) -> Span:
     start, end, kind = span
     shown = f"span {start} to {end} ({kind})"
     if not 0 <= start < end <= len(words.text):
@@ -93,12 +106,12 @@ def _words_between(span: Sequence[Any], words: Words, names: dict[str, str], wid
     last = bisect.bisect_left(words.places, end, key=lambda place: place[0])
     if first >= last:
         raise RowError(f"{shown} holds no word: remove it")
-    if words.place(first, last) != (start, end) and not widen:
+    if words.place(first, last) != (start, end) and not reading.widen:
         raise RowError(
-            f"{shown}, '{words.text[start:end]}', does not begin and end with words ('{words.between(first, last)}'): mend it, or "
-            "let such spans grow to whole words (task.borders: widen)"
+            f"{shown}, '{words.text[start:end]}', does not begin and end with words ('{words.between(first, last)}'): mend it, "
+            "or let such spans grow to whole words (task.borders: widen)"
         )
-    return Span(first, last, names.get(kind, kind))
+    return Span(first, last, reading.names.get(kind, kind))
 
 
 def listed(value: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """Schemes of tags that mark entities word by word: from tags to spans of words and back, and which tag may follow which.
 
 All of them say of a word whether it begins an entity (B), lies inside (I; M), ends one (E; L), is one alone (S; U) or lies
-outside (O). Ramshaw and Marcus 1995 (cmp-lg/9505040) begin with I, and with B only behind an entity of the same type: here `iob1`.
+outside (O). Ramshaw and Marcus 1995 (cmp-lg/9505040) begin with I, and with B only behind an entity of the same type: `iob1`.
 
 Shapes: C tags.
 """

@@ -1,7 +1,7 @@
 """Words of a text, and the tokens that stand for them: in windows that overlap where a text is longer than the model takes.
 
-A word is what gets a tag: one that was given, or else a run of letters and digits, a single character of a script that is written
-without spaces, a single sign. Combining marks, joiners and variation selectors belong to the character before them.
+A word is what gets a tag: one that was given, or else a run of letters, a run of digits, a single character of a script that is
+written without spaces, a single sign. Combining marks, joiners and variation selectors belong to the character before them.
 
 Shapes: V words with a token, L tokens.
 """
@@ -53,8 +53,8 @@ def _pattern() -> re.Pattern[str]:
     every = (chr(code) for part in _WITH_MARKS for code in part)
     marks = "".join(character for character in every if unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf"))
     mark = f"[{re.escape(marks)}\U0001f3fb-\U0001f3ff]"
-    letter = rf"(?![{_SPACELESS}])[^\W_]"
-    return re.compile(rf"{letter}(?:{letter}|{mark})*|\S(?:{mark}|(?<=\u200d)\S)*")
+    letter, digit = rf"(?![{_SPACELESS}])[^\W\d_]", rf"(?![{_SPACELESS}])\d"
+    return re.compile(rf"{letter}(?:{letter}|{mark})*|{digit}(?:{digit}|{mark})*|\S(?:{mark}|(?<=\u200d)\S)*")
 
 
 def split(text: str) -> Words:

@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.answers import MODEL, Answer, Arrays, Metric, Row, Run
 from engine.answers._chains import FORBIDDEN, best_paths, probabilities
-from engine.answers._marks import entities_of, tags_as_named, words_of
+from engine.answers._marks import Reading, are_tags, entities_of, tags_as_named, words_of
 from engine.answers._metrics import Counts
 from engine.answers._schemes import OUTSIDE, Span, allowed, parse, spans_of
 from engine.answers._texts import OUTPUT, TextAnswers, arrays_of, identity
@@ -31,7 +31,7 @@ class Answers(TextAnswers):
     """Entities of a text, or a tag for each word.
 
     Facts: `text`, `label`: the columns; `names` instead of the tags and types of the data; `labels`: the tags by id; `scheme`, in
-    which they mark entities, None where they mark none; `source`: that of the data; `borders`; `stride`; `metric`.
+    which they mark entities, None where they mark none; `source`: that of the data; `borders`, `overlaps`; `stride`; `metric`.
     """
 
     METRICS = {"f1": Metric("f1"), "f1_macro": Metric("f1_macro"), "accuracy": Metric("accuracy")}
@@ -46,6 +46,8 @@ class Answers(TextAnswers):
         self.types = list(dict.fromkeys(parse(tag)[1] for tag in self.tags if tag != OUTSIDE)) if self.scheme else self.tags
         self.rules = np.where(allowed(self.tags, self.scheme), 0.0, FORBIDDEN)
         self.truths: dict[int, tuple[Row, list[Any] | None]] = {}
+        widen, longest = facts["borders"] == "widen", facts["overlaps"] == "longest"
+        self.reading = Reading(facts["source"], facts["names"], widen, longest)
         overlap(tokenizer, facts["stride"])
 
     @property
@@ -150,14 +152,20 @@ class Answers(TextAnswers):
             if self.scheme is None:
                 found = self.word_tags(row, words)
             else:
-                found = [Span(*words.place(first, end), kind) for first, end, kind in self.entities(row, words)]
+                found = self._entities_as_given(row, words)
         self.truths[id(row)] = (row, found)
         return found
 
+    def _entities_as_given(self, row: Row, words: Words) -> list[Span]:
+        """Returns the entities of a labelled row as spans of characters: where the data has spans, exactly those."""
+        found, label = self.entities(row, words), row[self.facts["label"]]
+        if are_tags(label):
+            return [Span(*words.place(first, end), kind) for first, end, kind in found]
+        return [Span(start, end, self.facts["names"].get(kind, kind)) for start, end, kind in label]
+
     def entities(self, row: Row, words: Words) -> list[Span]:
         """Returns the entities of a labelled row as spans of words; raises as `truth`."""
-        facts = self.facts
-        return entities_of(row[facts["label"]], words, facts["source"], facts["names"], facts["borders"] == "widen")
+        return entities_of(row[self.facts["label"]], words, self.reading)
 
     def word_tags(self, row: Row, words: Words) -> list[str]:
         """Returns the tags of a labelled row whose tags mark no entities; raises as `truth`."""

@@ -168,10 +168,12 @@ def _require_fitting(built: PreTrainedModel, model: Path | str, loading: dict[st
         loading: transformers' account of the loading.
         whole: the head must be there, too; a pooler may always be missing from the body, which was then trained without.
     """
+    body = f"{built.base_model_prefix}."
     for name, there, here in sorted(loading["mismatched_keys"]):
+        if not whole and not name.startswith(body):
+            continue  # the head of another task, which is drawn anew
         shapes = f"{tuple(there)} in the weights, {tuple(here)} by config.json"
         raise UserError(f"model '{model}': {name} has the shape {shapes}: they are not of one model")
-    body = f"{built.base_model_prefix}."
     missing = sorted(key for key in loading["missing_keys"] if whole or (key.startswith(body) and "pooler" not in key))
     if missing:
         of = f"{len(missing)} of {len(built.state_dict())} weights are missing"

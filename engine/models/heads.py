@@ -36,7 +36,7 @@ def add_part(model: Any) -> Any:
     model.add_module(name, part)
 
     def give(module: Any, inputs: Any, output: Any) -> Any:
-        output[name] = module.get_submodule(name)().expand(len(output.logits), -1, -1)
+        output[name] = module.get_submodule(name)().expand(output.logits.shape[0], -1, -1)
         return output
 
     model.register_forward_hook(give)
@@ -68,7 +68,7 @@ def load_part(model: Any, directory: Path | str, whole: bool) -> None:
 def _tensors(directory: Path, prefix: str) -> dict[str, torch.Tensor]:
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in weight_files(directory):
         with safe_open(path, framework="pt") as file:
             found |= {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118

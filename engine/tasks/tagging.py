@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from engine.answers import Row
-from engine.answers._marks import are_tags, entities_of, listed, named_tag, types_of, words_of
+from engine.answers._marks import Reading, are_tags, entities_of, listed, named_tag, types_of, words_of
 from engine.answers._schemes import OUTSIDE, Evidence, labels_of, marks_entities, parse, tags_of
 from engine.answers._words import Encoded, Words
 from engine.answers.tagging import OUTPUT, TRANSITIONS
@@ -70,6 +70,8 @@ class Config(TaskConfig):
     """Tokens that neighbouring windows of a long row share; None: a quarter of max_length."""
     borders: Literal["refuse", "widen"] = "refuse"
     """A span that does not begin and end with words: name the first one and stop, or let them grow to whole words."""
+    overlaps: Literal["refuse", "longest"] = "refuse"
+    """Spans that share a word, of which only one can be learnt: name the first two and stop, or take the longest."""
     unread: Literal["refuse", "skip"] = "refuse"
     """A given word, or one of an entity, of which the tokenizer makes nothing (signs of format alone): name the first one and
     stop, or learn nothing from it."""
@@ -130,7 +132,7 @@ class Config(TaskConfig):
             with placed(row):
                 words = words_of(row, self.text, self.label)
                 if source is not None:
-                    entities_of(label, words, source, self.names, self.borders == "widen")
+                    entities_of(label, words, Reading(source, self.names, self.borders == "widen", self.overlaps == "longest"))
 
     @classmethod
     def propose(cls, table: Table, given: dict[str, str]) -> Proposal | None:

@@ -38,15 +38,13 @@ class Cluener(JsonLines):
             raise self.broken(line, "a row needs a text, and a label of the form {type: {entity: [[first, last]]}}")
         found = []
         for kind, entities in label.items():
-            for entity, places in entities.items() if isinstance(entities, dict) else [(None, None)]:
-                for place in places if isinstance(places, list) else [None]:
-                    if not _is_place(place):
-                        raise self.broken(line, f"the places of '{entity}' ({kind}) are no list of [first, last]")
-                    first, last = place
-                    there = text[first : last + 1]
-                    if there != entity:
-                        raise self.broken(line, f"'{entity}' ({kind}) does not stand at {first} to {last}: '{there}' does")
-                    found.append([first, last + 1, kind])
+            if not isinstance(entities, dict) or not all(map(_are_places, entities.values())):
+                raise self.broken(line, f"the entities of '{kind}' have no lists of places [first, last]")
+            for entity, (first, last) in ((entity, place) for entity, places in entities.items() for place in places):
+                there = text[first : last + 1]
+                if there != entity:
+                    raise self.broken(line, f"'{entity}' ({kind}) does not stand at {first} to {last}: '{there}' does")
+                found.append([first, last + 1, kind])
         return sorted(found)
 
 
@@ -69,6 +67,4 @@ def _holds_places(row: Any) -> bool:
     label = row.get("label") if isinstance(row, dict) else None
     if not isinstance(label, dict) or not label:
         return False
-    return all(
-        isinstance(entities, dict) and entities and all(map(_are_places, entities.values())) for entities in label.values()
-    )
+    return all(isinstance(found, dict) and found and all(map(_are_places, found.values())) for found in label.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from engine.answers._schemes import OUTSIDE, Evidence, marks_entities
 from engine.data.readers.base import FormatConfig, Head, Layout, Row
@@ -77,7 +77,7 @@ class Conll(Layout):
         """Yields (line number of its first word, row) of every sentence."""
         yield from self._sentences(self.text(), lines)
 
-    def _sentences(self, text: Sequence[str] | Iterator[str], limit: int | None = None) -> Iterator[tuple[int, Row]]:
+    def _sentences(self, text: Iterable[str], limit: int | None = None) -> Iterator[tuple[int, Row]]:
         words: list[list[str]] = []
         first = document = 0
         for line, content in enumerate(text, 1):
