@@ -23,7 +23,9 @@ from engine.answers._words import Encoded, Words, encode, overlap
 
 TRANSITIONS = "transitions"
 """What the graph of a model with a CRF gives beside the scores of the tags: its own scores, see `engine.answers._chains`."""
-REMEMBERED = 100_000
+NOTHING = "(none)"
+"""What stands for no entity where types are compared."""
+REMEMBERED = 20_000
 """Rows whose truth is kept: intervals of a metric ask for it again and again."""
 
 
@@ -212,6 +214,34 @@ class Answers(TextAnswers):
         if self.scheme is None:
             return [entry["tag"] for entry in answer["tags"]]
         return [Span(entry["start"], entry["end"], entry["type"]) for entry in answer["entities"]]
+
+    off_by = "wrong entities or words"
+
+    def wrongness(self, answers: list[Answer], rows: Sequence[Row]) -> np.ndarray:
+        """Returns how many entities are missed or made up, or how many words have a wrong tag, shape (N,)."""
+        pairs = [(self.truth(row) or [], self._given(answer)) for answer, row in zip(answers, rows, strict=True)]
+        if self.scheme is None:
+            return np.array([sum(tag != other for tag, other in zip(*pair, strict=True)) for pair in pairs], dtype=np.float64)
+        return np.array([len(set(truth) ^ set(given)) for truth, given in pairs], dtype=np.float64)
+
+    def confusion(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, Any]:
+        """Returns {"labels", "counts": [[true, given, number], …]} of entities at the same characters; the last label is none."""
+        found: Counter[tuple[Any, Any]] = Counter()
+        for answer, row in zip(answers, rows, strict=True):
+            truth, given = self.truth(row) or [], self._given(answer)
+            if self.scheme is None:
+                found.update(zip(truth, given, strict=True))
+                continue
+            there, here = ({(span.first, span.end): span.type for span in spans} for spans in (truth, given))
+            found.update((there.get(place), here.get(place)) for place in there.keys() | here.keys())
+        names = list(dict.fromkeys([*self.types, *sorted({kind for pair in found for kind in pair if kind} - set(self.types))]))
+        number: dict[Any, int] = {**{name: index for index, name in enumerate(names)}, None: len(names)}
+        counts = sorted([number[true], number[given], count] for (true, given), count in found.items())
+        return {"labels": [*names, NOTHING], "counts": counts}
+
+    def lengths(self, rows: Sequence[Row]) -> np.ndarray:
+        """Returns the tokens of each row over all of its windows, shape (N,)."""
+        return np.array([sum(sum(window.attention_mask) for window in each.windows) for each in self.encode(rows)])
 
     def agreement(self, answers: list[Answer], others: list[Answer]) -> float:
         """Returns the mean over rows of how far they are the same: the F1 of one model's entities against the other's, 1 where

@@ -144,7 +144,7 @@ class Config(TaskConfig):
         for name, column in table.columns.items():
             if text is None and name != label and column.raw and all(isinstance(value, (str, list)) for value in column.raw):
                 text = name if name.lower() in ("text", "words", "tokens", "sentence") or text is None else text
-        if text is None or label is None:
+        if text is None or label is None or not all(_holds_marks(value) for value in table.columns[label].raw):
             return None
         labels = [listed(value) for value in table.columns[label].raw]
         rows = [{text: words, label: marks} for words, marks in zip(table.columns[text].raw, labels, strict=False)]
