@@ -6,8 +6,12 @@ import contextlib
 import io
 import os
 import sys
+import zlib
 from collections.abc import Iterator
 from typing import Any
+
+COLOURS = (117, 120, 153, 156, 180, 183, 210, 216, 219, 222, 229, 151)
+"""Light backgrounds of the 256 colours of terminals, under black letters."""
 
 
 class ReaderGone(BaseException):
@@ -43,6 +47,17 @@ def printing(outlive_reader: bool = False) -> Iterator[None]:
 def speaks_unicode(stream: Any) -> bool:
     """True when every character can be written to a stream as it is."""
     return str(getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
+
+
+def takes_colours(stream: Any) -> bool:
+    """True for a terminal whose user has not asked for plain text (https://no-color.org)."""
+    return bool(getattr(stream, "isatty", lambda: False)()) and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def coloured(text: str, kind: str) -> str:
+    """Returns a text in the colours of its kind, and the kind behind it: equal kinds have equal colours in every run."""
+    background = COLOURS[zlib.crc32(kind.encode()) % len(COLOURS)]
+    return f"\x1b[30;48;5;{background}m{text}\x1b[1m [{kind}]\x1b[0m"
 
 
 class _Output(io.TextIOWrapper):

@@ -17,7 +17,7 @@ from engine.data.cells import CellError, text_cell
 from engine.data.readers import FormatConfig, find_layout
 from engine.errors import UserError
 from engine.problems import load_section
-from engine.terminal import speaks_unicode
+from engine.terminal import coloured, speaks_unicode, takes_colours
 from launch.fields import Fields
 from launch.pairs import LAYOUT, pairs
 
@@ -99,7 +99,7 @@ def predict(
                 if table:
                     print(table.line(next(numbers), row, prediction), file=file)
                 else:
-                    print(_line(bundle, row, prediction, as_json or target is not None, speaks_unicode(file)), file=file)
+                    print(_line(bundle, row, prediction, as_json or target is not None, file), file=file)
             file.flush()
             advance(len(chunk))
 
@@ -129,6 +129,8 @@ def _checked(bundle: Bundle, source: Path | None, options: FormatConfig, empty: 
     for line, row in find_layout(source, options).rows():
         for key, column in bundle.answers.columns.items():
             found = column if column in row else key
+            if bundle.answers.takes_words and isinstance(row.get(found), list) and row[found]:
+                continue
             try:
                 text = text_cell(row.get(found))
             except CellError as error:
@@ -140,9 +142,12 @@ def _checked(bundle: Bundle, source: Path | None, options: FormatConfig, empty: 
         yield row
 
 
-def _line(bundle: Bundle, row: Row, prediction: dict[str, Any], as_json: bool, unicode: bool) -> str:
-    if as_json:
-        return json.dumps({"input": row, **prediction}, ensure_ascii=not unicode, default=str)
+def _line(bundle: Bundle, row: Row, prediction: dict[str, Any], as_json: bool, file: IO[str]) -> str:
+    pieces = None if as_json else bundle.answers.pieces(prediction, row)
+    if pieces is not None and takes_colours(file):
+        return "".join(piece if kind is None else coloured(piece, kind) for piece, kind in pieces)
+    if as_json or pieces is not None:
+        return json.dumps({"input": row, **prediction}, ensure_ascii=not speaks_unicode(file), default=str)
     texts = [str(row.get(column, row.get(key))) for key, column in bundle.answers.columns.items()]
     return "\t".join([bundle.answers.line(prediction), *texts])
 

@@ -197,14 +197,13 @@ def test_figures_agree_with_seqeval_to_the_last_digit(tmp_path):
         rows.append({"text": words, "label": both[0]})
     answers = gives(task, predicted)(rows)
     metrics, table = task.answers.metrics(answers, rows), task.answers.table(answers, rows)
-    assert metrics["f1"] == 100 * seqeval.f1_score(truth, predicted)
-    assert metrics["precision"] == 100 * seqeval.precision_score(truth, predicted)
-    assert metrics["recall"] == 100 * seqeval.recall_score(truth, predicted)
-    assert metrics["f1_macro"] == pytest.approx(100 * seqeval.f1_score(truth, predicted, average="macro"), rel=1e-12)
+    for name, score in (("f1", seqeval.f1_score), ("precision", seqeval.precision_score), ("recall", seqeval.recall_score)):
+        assert metrics[name] == pytest.approx(100 * score(truth, predicted), rel=1e-14)
+    assert metrics["f1_macro"] == pytest.approx(100 * seqeval.f1_score(truth, predicted, average="macro"), rel=1e-14)
     report = seqeval.classification_report(truth, predicted, output_dict=True)
     for kind in ("PER", "WORK"):
         assert table[kind]["rows"] == report[kind]["support"]
-        assert table[kind]["f1"] == pytest.approx(100 * report[kind]["f1-score"], rel=1e-12)
+        assert table[kind]["f1"] == pytest.approx(100 * report[kind]["f1-score"], rel=1e-14)
 
 
 def test_an_entity_of_a_type_that_the_model_does_not_know_counts_as_missed(task):
