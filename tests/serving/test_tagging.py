@@ -14,33 +14,12 @@ from engine.stage import Stage, read_stage
 from export.export import ExportConfig
 from export.page import write_report
 from export.serving.bundle import Bundle, verify_bundle
-from tests.recipes import run_here, train_section, write_recipe
+from tests.recipes import run_here, train_section, write_recipe, write_sentences
 from tests.serving.servers import CLIENTS, inputs, serving, texts
 from tests.serving.triton_server import triton, why_not
-from tests.unit.models import WORDS
 
 DATA = {"train": "rows.conll", "validation": "25%", "test": "25%"}
-TITLES, PLACES = ("good", "great", "warm"), ("film", "story")
 MAX_LENGTH = 24
-
-
-def write_sentences(path, count, seed=0):
-    """Sentences in columns: an adjective and what follows it is a WORK, `plot` alone a PLACE; some need several windows."""
-    rng = np.random.default_rng(seed)
-    others = [word for word in WORDS if word not in (*TITLES, *PLACES, "plot")]
-    lines = []
-    for _ in range(count):
-        for _ in range(rng.integers(1, 9) if rng.random() < 0.9 else 25):
-            kind = rng.random()
-            if kind < 0.25:
-                lines += [f"{rng.choice(TITLES)} B-WORK", f"{rng.choice(PLACES)} I-WORK"]
-            elif kind < 0.4:
-                lines.append("plot B-PLACE")
-            else:
-                lines.append(f"{rng.choice(others)} O")
-        lines.append("")
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def stages_of(crf):

@@ -31,7 +31,7 @@ def test_sentences_are_lists_of_each_column_between_blank_lines_and_documents_ar
         (3, {"text": ["EU", "rejects"], "2": ["NNP", "VBZ"], "3": ["I-NP", "I-VP"], "label": ["I-ORG", "O"], "document": 1}),
         (8, {"text": ["Peter"], "2": ["NNP"], "3": ["I-NP"], "label": ["I-PER"], "document": 2}),
     ]
-    assert list(layout.rows(4)) == rows[:1] or list(layout.rows(5)) == rows[:1]
+    assert list(layout.rows(3)) == rows[:1], "the line of its last row says that it went as far as it was asked to"
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])

@@ -74,7 +74,7 @@ class Conll(Layout):
         return "; name the columns: header: [text, pos, label]"
 
     def rows(self, lines: int | None = None) -> Iterator[tuple[int, Row]]:
-        """Yields (line number of its first word, row) of every sentence."""
+        """Yields (line number of its first word, row) of every sentence; with `lines`, up to the first that begins behind it."""
         yield from self._sentences(self.text(), lines)
 
     def _sentences(self, text: Iterable[str], limit: int | None = None) -> Iterator[tuple[int, Row]]:
@@ -86,8 +86,8 @@ class Conll(Layout):
                 if words:
                     yield first, self._row(words, document)
                     words = []
-                if limit is not None and line >= limit:
-                    return
+                    if limit is not None and first >= limit:
+                        return
             elif cells[0] == BORDER:
                 document += 1
             elif (words or not self._comment(cells)) and not (self.universal and not _PLAIN_WORD.fullmatch(cells[0])):
