@@ -17,7 +17,7 @@ from engine.answers import MODEL, Answer, Arrays, Metric, Row, Run
 from engine.answers._chains import FORBIDDEN, best_paths, probabilities
 from engine.answers._marks import Reading, are_tags, entities_of, tags_as_named, words_of
 from engine.answers._metrics import Counts
-from engine.answers._schemes import OUTSIDE, Span, allowed, parse, spans_of
+from engine.answers._schemes import OUTSIDE, SCHEMES, Span, allowed, parse, spans_of
 from engine.answers._texts import OUTPUT, TextAnswers, arrays_of, identity
 from engine.answers._words import Encoded, Words, encode, overlap
 
@@ -32,8 +32,9 @@ REMEMBERED = 20_000
 class Answers(TextAnswers):
     """Entities of a text, or a tag for each word.
 
-    Facts: `text`, `label`: the columns; `names` instead of the tags and types of the data; `labels`: the tags by id; `scheme`, in
-    which they mark entities, None where they mark none; `source`: that of the data; `borders`, `overlaps`; `stride`; `metric`.
+    Facts: `text`, `label`: the columns; `names` instead of the tags and types of the data; `labels`: the tags by id; `marks`: the
+    scheme in which they mark entities, None where they mark none; `source`: that of the training rows, `scheme`: the one that was
+    named for the rows at hand; `borders`, `overlaps`; `stride`; `metric`.
     """
 
     METRICS = {"f1": Metric("f1"), "f1_macro": Metric("f1_macro"), "accuracy": Metric("accuracy")}
@@ -42,14 +43,15 @@ class Answers(TextAnswers):
     def __init__(self, facts: dict[str, Any], tokenizer: Any) -> None:
         super().__init__(facts, tokenizer)
         self.tags: list[str] = facts["labels"]
-        self.scheme: str | None = facts["scheme"]
+        self.scheme: str | None = facts["marks"]
         if not 0 < len(set(self.tags)) == len(self.tags):
             raise ValueError("labels must be there, each of them once")
         self.types = list(dict.fromkeys(parse(tag)[1] for tag in self.tags if tag != OUTSIDE)) if self.scheme else self.tags
         self.rules = np.where(allowed(self.tags, self.scheme), 0.0, FORBIDDEN)
         self.truths: dict[int, tuple[Row, list[Any] | None]] = {}
         widen, longest = facts["borders"] == "widen", facts["overlaps"] == "longest"
-        self.reading = Reading(facts["source"], facts["names"], widen, longest)
+        source = facts["scheme"] if facts["scheme"] in SCHEMES else facts["source"]
+        self.reading = Reading(source, facts["names"], widen, longest)
         overlap(tokenizer, facts["stride"])
 
     @property

@@ -173,7 +173,7 @@ def _holds_marks(value: Any) -> bool:
 
 
 class Task(TextTask):
-    """The tagging task. Facts: `labels`, the tags by id; `scheme`, in which they mark entities, or None; `source`, the data's."""
+    """The tagging task. Facts: `labels`, the tags by id; `marks`, the scheme of entities or None; `source`, the data's."""
 
     head = "AutoModelForTokenClassification"
     says = "a model that tags words"
@@ -184,7 +184,7 @@ class Task(TextTask):
             super().__init__(config, facts, tokenizer, max_length)
         except ValueError as error:
             raise UserError(f"task.type={config.type}: {error}") from None
-        fitting, what = (("f1", "f1_macro"), "mark") if facts["scheme"] else (("accuracy", "f1_macro"), "do not mark")
+        fitting, what = (("f1", "f1_macro"), "mark") if facts["marks"] else (("accuracy", "f1_macro"), "do not mark")
         if config.metric is not None and config.metric not in fitting:
             raise UserError(f"task.metric={config.metric}: these tags {what} entities: take {' or '.join(fitting)}")
         self.outputs = [OUTPUT, TRANSITIONS] if config.crf else [OUTPUT]
@@ -205,7 +205,7 @@ class Task(TextTask):
             found = "no entity" if source else "one tag only"
             raise UserError(f"{file_of(rows)}column '{config.label}' holds {found}: there is nothing to learn")
         labels = labels_of(sorted(kinds), config.learns) if source else sorted(kinds)
-        return {"labels": labels, "scheme": config.learns if source else None, "source": source}
+        return {"labels": labels, "marks": config.learns if source else None, "source": source}
 
     @classmethod
     def in_order(cls, facts: Facts, own: list[str]) -> Facts:
@@ -219,13 +219,13 @@ class Task(TextTask):
             raise UserError(f"the model has {'a' if has else 'no'} CRF: set task.crf: {str(has).lower()}")
         kept = getattr(model, FACTS, None) or {}
         if kept.get("type") == config.type:
-            return {"labels": labels, "scheme": kept["scheme"], "source": kept["source"]}
+            return {"labels": labels, "marks": kept["marks"], "source": kept["source"]}
         # Somebody else's model: the scheme follows from its tags; the data is read in the scheme that the section names.
         scheme = None
         if marks_entities(labels):
             scheme = "bioes" if any(parse(label)[0] in "ES" for label in labels) else "bio"
         source = {"auto": scheme, "none": None}.get(config.scheme, config.scheme)
-        return {"labels": labels, "scheme": scheme, "source": source}
+        return {"labels": labels, "marks": scheme, "source": source}
 
     def settings(self) -> dict[str, Any]:
         return {**labels_as_settings(self.facts["labels"]), HEAD_KEY: CRF if self.config.crf else None, **self.kept}

@@ -274,7 +274,7 @@ def test_facts_come_back_from_a_models_configuration_and_a_strangers_model_is_re
     assert tagging.Task.recall(task.config, SimpleNamespace(**settings)) == task.facts
     labels = ["O", "B-PER", "E-PER", "I-PER", "S-PER"]
     model = SimpleNamespace(num_labels=5, id2label=dict(enumerate(labels)))
-    assert tagging.Task.recall(task.config, model) == {"labels": labels, "scheme": "bioes", "source": "bioes"}
+    assert tagging.Task.recall(task.config, model) == {"labels": labels, "marks": "bioes", "source": "bioes"}
     with pytest.raises(UserError, match=r"the model has no CRF: set task.crf: false"):
         tagging.Task.recall(tagging.Config(type="tagging", crf=True), model)
 
@@ -284,7 +284,7 @@ SPANS = [{"text": "a good film, bad", "label": [[2, 11, "WORK"]]}, {"text": "the
 
 def test_spans_of_characters_are_learnt_as_tags_of_the_words(tmp_path):
     task = tagging_task(tmp_path, SPANS, names={"WORK": "title"})
-    assert task.facts == {"labels": ["O", "B-title", "I-title"], "scheme": "bio", "source": "bio"}
+    assert task.facts == {"labels": ["O", "B-title", "I-title"], "marks": "bio", "source": "bio"}
     assert [task.answers.tags[tag] for tag in task.encode(SPANS)[0]["label"]] == ["O", "B-title", "I-title", "O", "O"]
     assert task.answers.truth(SPANS[0]) == [Span(2, 11, "title")]
 

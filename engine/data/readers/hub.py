@@ -34,7 +34,8 @@ class Hub(Layout):
     def rows(self, lines: int | None = None) -> Iterator[tuple[int, Row]]:
         """Yields (row number, row); numbers of classes become their names."""
         dataset = self._load()
-        names = {column: feature.names for column, feature in dataset.features.items() if hasattr(feature, "names")}
+        kinds = {column: getattr(feature, "feature", feature) for column, feature in dataset.features.items()}
+        names = {column: kind.names for column, kind in kinds.items() if hasattr(kind, "names")}
         for number, row in enumerate(dataset, 1):
             if lines is not None and number > lines:
                 return

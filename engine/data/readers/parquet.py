@@ -58,7 +58,8 @@ def class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
     """Returns {column: names of its classes} that `datasets` has left in the metadata of a schema."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        return {column: about["names"] for column, about in features.items() if about.get("_type") == "ClassLabel"}
+        kinds = {column: about.get("feature", about) for column, about in features.items()}  # of lists, what they hold
+        return {column: about["names"] for column, about in kinds.items() if about.get("_type") == "ClassLabel"}
     except (KeyError, TypeError, AttributeError, ValueError):
         return {}
 
