@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.answers import Answer, Answers, Row
 from engine.config import Recipe
-from engine.data.sources import PlacedRow, SourceConfig, SourceRows
+from engine.data.sources import PlacedRow, SourceConfig, SourceRows, placed
 from engine.errors import UserError, did_you_mean
 from engine.judging import intervals_of, judge_slices, require_column
 from engine.models import positions_of
@@ -163,7 +163,10 @@ def _config(task: dict[str, Any]) -> TaskConfig:
 
 
 def _require_known(subject: Subject, rows: list[Row]) -> None:
-    """Raises UserError when a row is of a class that the model has never heard of."""
+    """Raises UserError when the truth of a row cannot be read, or is of a class that the model has never heard of."""
+    for row in rows:
+        with placed(row):
+            subject.answers.check(row)
     labels = subject.answers.labels
     found = ((row, name) for row in rows for name in subject.config.classes_of(row)) if labels else ()
     for row, name in found:

@@ -109,6 +109,13 @@ class Answers(abc.ABC):
     def metrics(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, float]:
         """Judges answers to rows that hold the truth: at least `metric`, and `examples`, how many rows were judged."""
 
+    def check(self, row: Row) -> None:  # noqa: B027 - most truths are looked at as cells
+        """Looks at the truth of a row before it is judged.
+
+        Raises:
+            RowError: it cannot be read.
+        """
+
     def table(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, dict[str, float]]:
         """Returns {part: its figures} where the rows have parts that are judged on their own, as classes; nothing by default."""
         return {}

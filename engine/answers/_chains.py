@@ -63,44 +63,46 @@ def _groups(lengths: Sequence[int]) -> Iterator[np.ndarray]:
 def viterbi(emissions_BWC: np.ndarray, length_B: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Returns the best tags of each sentence, int64 of shape (B, W); 0 behind its length."""
     rows, words, tags = emissions_BWC.shape
-    step_TF, first_C, last_C = np.ascontiguousarray(scores[:tags].T), scores[tags], scores[tags + 1]
-    ragged = bool((length_B != words).any())
-    best_BC = first_C + emissions_BWC[:, 0]
-    back_WBC = np.zeros((words, rows, tags), dtype=np.int64)
+    step_TF, every = np.ascontiguousarray(scores[:tags].T), np.arange(rows)
+    best_WBC = np.empty((words, rows, tags))
+    best_WBC[0] = scores[tags] + emissions_BWC[:, 0]
     for word in range(1, words):
-        reached_BTF = best_BC[:, None, :] + step_TF
-        back_WBC[word] = reached_BTF.argmax(axis=2)
-        new_BC = reached_BTF.max(axis=2) + emissions_BWC[:, word]
-        best_BC = np.where((word < length_B)[:, None], new_BC, best_BC) if ragged else new_BC
-    tag_B = (best_BC + last_C).argmax(axis=1)
-    path_BW, every = np.zeros((rows, words), dtype=np.int64), np.arange(rows)
+        np.maximum.reduce(best_WBC[word - 1][:, None, :] + step_TF, axis=2, out=best_WBC[word])
+        best_WBC[word] += emissions_BWC[:, word]
+    # Which tag came before is looked up along the best path alone.
+    end_B = np.maximum(length_B - 1, 0)
+    last_B = (best_WBC[end_B, every] + scores[tags + 1]).argmax(axis=1)
+    path_BW, tag_B = np.zeros((rows, words), dtype=np.int64), last_B
     for word in range(words - 1, -1, -1):
-        inside_B = word < length_B
-        path_BW[:, word] = np.where(inside_B, tag_B, 0)
-        tag_B = np.where(inside_B & (word > 0), back_WBC[word, every, tag_B], tag_B)
-    return path_BW
+        before_B = tag_B if word == words - 1 else (best_WBC[word] + step_TF[tag_B]).argmax(axis=1)
+        tag_B = np.where(word < end_B, before_B, last_B)
+        path_BW[:, word] = tag_B
+    return np.where(np.arange(words) < length_B[:, None], path_BW, 0)
 
 
 def marginals(emissions_BWC: np.ndarray, length_B: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Returns the probability of every tag of each word, shape (B, W, C); forward and backward sums are scaled in every step."""
+    """Returns the probability of every tag of each word, shape (B, W, C); what lies behind a sentence's length means nothing.
+
+    Forward and backward sums are one recursion over the sentences and the same turned round, scaled in every step.
+    """
     rows, words, tags = emissions_BWC.shape
     share_BWC = _exp(emissions_BWC - emissions_BWC.max(axis=2, keepdims=True))
     step_FT, first_C, last_C = (_exp(part - part.max()) for part in (scores[:tags], scores[tags], scores[tags + 1]))
-    forward_WBC, backward_WBC = np.empty((words, rows, tags)), np.empty((words, rows, tags))
-    forward_WBC[0] = _scaled(first_C * share_BWC[:, 0])
+    turned = (np.arange(rows)[:, None], (length_B[:, None] - 1 - np.arange(words)) % words)
+    share_W2BC = np.ascontiguousarray(np.stack([share_BWC, share_BWC[turned]]).transpose(2, 0, 1, 3))
+    step_2CC = np.stack([step_FT, step_FT.T])
+    sums_W2BC = np.empty_like(share_W2BC)
+    sums_W2BC[0] = _scaled(np.stack([first_C, last_C])[:, None] * share_W2BC[0])
     for word in range(1, words):
-        new_BC = _scaled((forward_WBC[word - 1] @ step_FT) * share_BWC[:, word])
-        forward_WBC[word] = np.where((word < length_B)[:, None], new_BC, forward_WBC[word - 1])
-    backward_WBC[words - 1] = last_C
-    for word in range(words - 2, -1, -1):
-        new_BC = _scaled((share_BWC[:, word + 1] * backward_WBC[word + 1]) @ step_FT.T)
-        backward_WBC[word] = np.where((word + 1 < length_B)[:, None], new_BC, last_C)
-    return np.stack([_scaled(one * other) for one, other in zip(forward_WBC, backward_WBC, strict=True)], axis=1)
+        sums_W2BC[word] = _scaled((sums_W2BC[word - 1] @ step_2CC) * share_W2BC[word])
+    forward_BWC, backward_BWC = sums_W2BC[:, 0].swapaxes(0, 1), sums_W2BC[:, 1].swapaxes(0, 1)[turned]
+    return _scaled(forward_BWC * (backward_BWC / share_BWC.clip(1e-300)))
 
 
 def _exp(values: np.ndarray) -> np.ndarray:
     return np.where(values <= FORBIDDEN / 2, 0.0, np.exp(np.maximum(values, _SMALLEST)))
 
 
-def _scaled(values_BC: np.ndarray) -> np.ndarray:
-    return values_BC / np.maximum(values_BC.sum(axis=1, keepdims=True), 1e-300)
+def _scaled(values: np.ndarray) -> np.ndarray:
+    """Returns the values divided by their sum over the tags."""
+    return values / (np.add.reduce(values, axis=-1, keepdims=True) + 1e-300)

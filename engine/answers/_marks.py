@@ -83,7 +83,8 @@ def entities_of(label: Any, words: Words, reading: Reading) -> list[Span]:
         try:
             return spans_of(tags, reading.scheme or "bio")
         except SchemeError as error:
-            raise RowError(f"word {error.index + 1}, '{words.word(error.index)}': {error} (scheme {reading.scheme})") from None
+            where = f"word {error.index + 1}, '{words.word(error.index)}'"
+            raise RowError(f"{where}: {error} (scheme {reading.scheme}: mend it, or name another, task.scheme)") from None
     found: list[Span] = []
     for span in sorted((_words_between(span, words, reading) for span in label), key=lambda span: span.first - span.end):
         other = next((kept for kept in found if kept.first < span.end and span.first < kept.end), None)

@@ -160,6 +160,9 @@ class Answers(TextAnswers):
         self.truths[id(row)] = (row, found)
         return found
 
+    def check(self, row: Row) -> None:
+        self.truth(row)
+
     def _entities_as_given(self, row: Row, words: Words) -> list[Span]:
         """Returns the entities of a labelled row as spans of characters: where the data has spans, exactly those."""
         found, label = self.entities(row, words), row[self.facts["label"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, field_validator
 
+from engine.answers import RowError
 from engine.config import FileRef, Fraction, Recipe
 from engine.data.cells import Cell, CellError, missing, text_cell
 from engine.data.readers import FormatConfig, Layout, Row, find_layout
@@ -27,6 +29,15 @@ class PlacedRow(Row):
     def __init__(self, values: Row, path: Path, line: int) -> None:
         super().__init__(values)
         self.path, self.line = path, line
+
+
+@contextlib.contextmanager
+def placed(row: Row) -> Iterator[None]:
+    """Adds file and line to what is said about a row that was read from one."""
+    try:
+        yield
+    except (UserError, RowError) as error:
+        raise UserError(f"{row.path}:{row.line}: {error}" if isinstance(row, PlacedRow) else str(error)) from None
 
 
 class SourceConfig(FormatConfig):

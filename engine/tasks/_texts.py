@@ -6,18 +6,17 @@ Shapes: B rows, L tokens, C numbers of a row.
 from __future__ import annotations
 
 import abc
-import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import field_validator
 
-from engine.answers import Row, RowError
+from engine.answers import Row
 from engine.answers._texts import OUTPUT, identity, texts_of
 from engine.data.cells import Cell, CellError, text_cell
-from engine.data.sources import PlacedRow
+from engine.data.sources import PlacedRow, placed
 from engine.errors import UserError, did_you_mean
 from engine.models.facts import listed, named, names_hint
 from engine.tasks import Example, Facts, Task, TaskConfig
@@ -85,15 +84,6 @@ class NamedConfig(TextConfig):
 def keys_as_text(value: Any) -> Any:
     """Returns a mapping whose keys are text, as the labels of a file are: YAML reads `1:` as a number."""
     return {str(key): entry for key, entry in value.items()} if isinstance(value, dict) else value
-
-
-@contextlib.contextmanager
-def placed(row: Row) -> Iterator[None]:
-    """Adds file and line to what is said about a row that was read from one."""
-    try:
-        yield
-    except (UserError, RowError) as error:
-        raise UserError(f"{row.path}:{row.line}: {error}" if isinstance(row, PlacedRow) else str(error)) from None
 
 
 def file_of(rows: Sequence[Row]) -> str:

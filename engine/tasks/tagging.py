@@ -22,10 +22,11 @@ from engine.answers._words import Encoded, Words
 from engine.answers.tagging import OUTPUT, TRANSITIONS
 from engine.data.cells import Cell, CellError, text_cell
 from engine.data.columns import Proposal
+from engine.data.sources import placed
 from engine.errors import UserError, did_you_mean
 from engine.models.heads import HEAD_KEY
 from engine.tasks import FACTS, Example, Facts, TaskConfig
-from engine.tasks._texts import TextTask, cell_of, facts_in_order, file_of, keys_as_text, labels_as_settings, placed
+from engine.tasks._texts import TextTask, cell_of, facts_in_order, file_of, keys_as_text, labels_as_settings
 
 if TYPE_CHECKING:
     import torch

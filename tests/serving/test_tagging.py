@@ -106,6 +106,22 @@ def test_the_bundle_verifies_and_its_answers_are_those_of_pytorch(chain):
     )
 
 
+def test_tensorrt_builds_the_graph(chain):
+    pytest.importorskip("tensorrt_rtx", reason="the extra `rtx` is not installed")
+    import onnx
+
+    from export.compress.quantize import tensorrt_form
+    from export.engines.trt import Profile, build_engine, parse_network, quantized_matmuls, tensorrt_module
+
+    _, _, run = chain
+    trt = tensorrt_module("tensorrt_rtx")
+    graph = tensorrt_form(onnx.load(run / "engine" / "models" / "tiny_core" / "1" / "model.onnx"))
+    parsed = parse_network(trt, graph.SerializeToString())
+    both, one = quantized_matmuls(trt, parsed.network)
+    assert both and not one
+    assert len(build_engine(trt, parsed, Profile(4, 8, 12, MAX_LENGTH))) > 10_000
+
+
 def test_the_server_gives_the_entities_of_the_bundle_as_json(chain):
     _, _, run = chain
     rows = as_texts(prepared(chain, "recovered").rows["test"][:12])
