@@ -9,14 +9,15 @@ Shapes: B examples, L tokens, W words of the longest, C tags.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from engine.answers import Row
-from engine.answers._marks import Reading, are_tags, entities_of, listed, named_tag, types_of, words_of
+from engine.answers._marks import Reading, are_tags, entities_of, listed, named_tag, tags_as_named, types_of, words_of
 from engine.answers._schemes import OUTSIDE, Evidence, labels_of, marks_entities, parse, tags_of
 from engine.answers._words import Encoded, Words
 from engine.answers.tagging import OUTPUT, TRANSITIONS
@@ -39,6 +40,9 @@ CRF = "crf"
 LESSON = "log_probabilities"
 SHOWN = 8
 """Types that a line lists."""
+LABELS = ("label", "labels", "ner", "ner_tags", "tags", "slots", "entities", "spans", "upos", "pos")
+TEXTS = ("text", "words", "tokens", "sentence", "form")
+"""Names of columns that data sets have, likelier ones first."""
 
 
 def words_cell(value: Any) -> Any:
@@ -132,25 +136,23 @@ class Config(TaskConfig):
             label = row[self.label]
             with placed(row):
                 words = words_of(row, self.text, self.label)
-                if source is not None:
+                if source is None:
+                    tags_as_named(label, words, self.names)
+                else:
                     entities_of(label, words, Reading(source, self.names, self.borders == "widen", self.overlaps == "longest"))
 
     @classmethod
     def propose(cls, table: Table, given: dict[str, str]) -> Proposal | None:
         named = {key: table.column(name).name for key, name in given.items()}
-        text, label = named.get("text"), named.get("label")
-        for name, column in table.columns.items():
-            if label is None and name != text and column.raw and all(_holds_marks(value) for value in column.raw):
-                label = name
-        for name, column in table.columns.items():
-            if text is None and name != label and column.raw and all(isinstance(value, (str, list)) for value in column.raw):
-                text = name if name.lower() in ("text", "words", "tokens", "sentence") or text is None else text
-        if text is None or label is None or not all(_holds_marks(value) for value in table.columns[label].raw):
+        label = named.get("label") or _likeliest(table, LABELS, _holds_marks, without=named.get("text"))
+        text = named.get("text") or _likeliest(table, TEXTS, lambda value: isinstance(value, (str, list)), without=label)
+        if text is None or label is None or not all(map(_holds_marks, table.columns[label].raw)):
             return None
         labels = [listed(value) for value in table.columns[label].raw]
         rows = [{text: words, label: marks} for words, marks in zip(table.columns[text].raw, labels, strict=False)]
-        config = cls(type="tagging", text=text, label=label)
-        source = config.source_of(rows)
+        if any(are_tags(row[label]) and len(words_of(row, text, label).places) != len(row[label]) for row in rows):
+            return None
+        source = cls(type="tagging", text=text, label=label).source_of(rows)
         types = sorted({kind for marks in labels for kind in (types_of(marks, {}) if source else marks)})
         what = f"entities of {len(types)} types" if source else f"{len(types)} tags"
         shown = ", ".join(types[:SHOWN]) + (", …" if len(types) > SHOWN else "")
@@ -162,15 +164,21 @@ class Config(TaskConfig):
         return Proposal({"text": text, "label": label}, seen, [text], fit=2.0, advice=advice)
 
 
+def _likeliest(table: Table, names: tuple[str, ...], fits: Callable[[Any], bool], without: str | None) -> str | None:
+    """Returns the column whose values fit: one that bears such a name, else the last one."""
+    found = [name for name, column in table.columns.items() if name != without and column.raw and all(map(fits, column.raw))]
+    return next((name for wanted in names for name in found if name.lower() == wanted), found[-1] if found else None)
+
+
 def _holds_marks(value: Any) -> bool:
-    """Says whether a cell is a list of tags, or of spans; a list of words may only be the text."""
-    if not isinstance(value, list):
-        return False
+    """Says whether a cell is a list of spans, or of what looks like tags."""
     try:
-        marks = listed(value)
+        marks = listed(value) if isinstance(value, list) else None
     except ValueError:
         return False
-    return not are_tags(marks) or marks_entities(marks) or set(marks) <= {OUTSIDE} or all(mark.isupper() for mark in marks)
+    if marks is None or not are_tags(marks):
+        return marks is not None
+    return marks_entities(marks) or all(mark == OUTSIDE or mark.isupper() for mark in marks)
 
 
 class Task(TextTask):
@@ -332,8 +340,6 @@ class Task(TextTask):
 
     @property
     def graphs(self) -> dict[str, Any]:
-        from dataclasses import replace
-
         return {name: replace(graph, of_tokens=frozenset({OUTPUT})) for name, graph in super().graphs.items()}
 
     def loss_of(self, outputs: Batch, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

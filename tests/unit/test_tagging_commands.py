@@ -10,6 +10,7 @@ from engine.terminal import coloured
 from export.serving.bundle import Bundle
 from launch.cli import main
 from launch.evaluate import evaluate
+from launch.new import new_recipe
 from tests.recipes import finetune_section, run_here, train_section, write_model, write_recipe, write_sentences
 
 TASK = {"type": "tagging"}
@@ -116,6 +117,37 @@ def test_a_recipe_is_made_from_a_file_of_columns_and_from_spans(tmp_path, monkey
         assert "task: tagging" in said and what in said
     _run(["check", "a.yaml"])
     assert "CoNLL with spaces, columns text, label, tags in bio, utf-8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "what"),
+    [
+        (
+            "a.conll",
+            "EU NNP I-NP I-ORG\nrejects VBZ I-VP O\n\n",
+            "'label': entities of 1 types: ORG; tags in iob1",
+        ),
+        ("a.jsonl", '{"tokens": ["a", "film"], "pos": ["DET", "NOUN"]}\n', "'pos': 2 tags: DET, NOUN"),
+        (
+            "a.jsonl",
+            '{"tokens": ["a", "b"], "slots": ["O", "B-x"], "to": "y"}\n',
+            "'slots': entities of 1 types: x",
+        ),
+    ],
+)
+def test_the_column_of_tags_is_found(tmp_path, monkeypatch, capsys, name, text, what):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "model")
+    (tmp_path / name).write_text(text * 40)
+    _run(["new", "--data", name, "--model", "model", "--task", "tagging"])
+    assert what in capsys.readouterr().out
+
+
+def test_rows_of_several_labels_are_not_taken_for_tags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "a good film", "label": ["JOY", "FUN"]}\n' * 40)
+    with pytest.raises(UserError, match="no columns for the task tagging"):
+        new_recipe("a.jsonl", None, "tagging", "model", [])
 
 
 def test_check_names_the_first_broken_sentence(tmp_path, monkeypatch):
