@@ -111,6 +111,11 @@ def _check_rows(stage: Stage[Any], source: SourceConfig, columns: dict[str, Cell
 
 def _check_length(recipe: Recipe, stage: Stage[Any]) -> None:
     length: int = getattr(stage.config, "max_length", 0)  # pretraining builds its positions itself
+    if hasattr(stage.config, "task"):
+        try:
+            stage.config.task.check_length(length)
+        except UserError as error:
+            raise recipe.error(f"stages.{stage.name}.{stage.kind}.task", str(error)) from None
     for key, reference in references(stage.config):
         if not isinstance(reference, ModelRef) or isinstance(reference, TokenizerRef):
             continue

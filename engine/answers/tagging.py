@@ -95,10 +95,10 @@ class Answers(TextAnswers):
         emissions = [
             outputs[OUTPUT][first + each.window_V, each.position_V] for first, each in zip(firsts, encoded, strict=False)
         ]
-        tags, scores = self._decode(emissions, outputs[TRANSITIONS][0] if TRANSITIONS in outputs else None)
+        tags, scores = self.decode(emissions, outputs[TRANSITIONS][0] if TRANSITIONS in outputs else None)
         return [self._answer(*each) for each in zip(texts, encoded, tags, scores, strict=True)]
 
-    def _decode(self, emissions: list[np.ndarray], transitions: np.ndarray | None) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def decode(self, emissions: list[np.ndarray], transitions: np.ndarray | None) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Returns the best tags of each row, shape (V,), and the probability of each."""
         if transitions is None:
             paths = [emissions_VC.argmax(axis=1) for emissions_VC in emissions]

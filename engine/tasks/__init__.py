@@ -88,6 +88,9 @@ class TaskConfig(Strict):
         """Returns the classes of a row, none where the task has none: shares leave every class a row to train on."""
         return []
 
+    def check_length(self, max_length: int) -> None:
+        """Raises UserError when the task cannot be done with rows of `max_length` tokens."""
+
     def check_rows(self, rows: Sequence[Row], complete: bool) -> None:
         """Looks at the training rows, or at the first of them.
 

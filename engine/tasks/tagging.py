@@ -125,6 +125,16 @@ class Config(TaskConfig):
             raise UserError(f"{column} holds spans in some rows, and tags that mark none in others")
         return "bio" if spans and not evidence.tags else found
 
+    def check_length(self, max_length: int) -> None:
+        if self.stride is not None and self.stride >= max_length:
+            raise UserError(f"task.stride={self.stride}: windows of max_length={max_length} tokens cannot share as many")
+
+    def check_metric(self, marks: bool) -> None:
+        """Raises UserError when the metric is none of tags that mark entities, or of such that mark none."""
+        fitting, what = (("f1", "f1_macro"), "mark") if marks else (("accuracy", "f1_macro"), "do not mark")
+        if self.metric is not None and self.metric not in fitting:
+            raise UserError(f"task.metric={self.metric}: these tags {what} entities: take {' or '.join(fitting)}")
+
     def check_rows(self, rows: Sequence[Row], complete: bool) -> None:
         """Looks at the truth of the training rows.
 
@@ -132,6 +142,8 @@ class Config(TaskConfig):
             UserError: tags that break their scheme, spans that are not at words; names file and line of the first.
         """
         source = self.source_of(rows)
+        if source is not None or complete:
+            self.check_metric(source is not None)
         for row in rows:
             label = row[self.label]
             with placed(row):
@@ -193,9 +205,7 @@ class Task(TextTask):
             super().__init__(config, facts, tokenizer, max_length)
         except ValueError as error:
             raise UserError(f"task.type={config.type}: {error}") from None
-        fitting, what = (("f1", "f1_macro"), "mark") if facts["marks"] else (("accuracy", "f1_macro"), "do not mark")
-        if config.metric is not None and config.metric not in fitting:
-            raise UserError(f"task.metric={config.metric}: these tags {what} entities: take {' or '.join(fitting)}")
+        config.check_metric(facts["marks"] is not None)
         self.outputs = [OUTPUT, TRANSITIONS] if config.crf else [OUTPUT]
 
     @classmethod

@@ -55,6 +55,7 @@ def test_comments_stand_before_sentences(tmp_path):
 def test_columns_get_the_names_that_are_given(tmp_path):
     _, rows = read(tmp_path / "a.conll", "EU NNP O\n", header=["text", "pos", "ner"])
     assert rows == [(1, {"text": ["EU"], "pos": ["NNP"], "ner": ["O"]})]
+    assert "columns of words have no line with their names" in refused(tmp_path / "a.conll", "EU NNP O\n", header=True)
     assert "header names 2 columns, and lines have 3" in refused(tmp_path / "a.conll", "EU NNP O\n", header=["text", "ner"])
 
 

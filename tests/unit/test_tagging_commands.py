@@ -5,12 +5,15 @@ import json
 
 import pytest
 
+from engine.config import load_recipe
 from engine.errors import UserError
 from engine.terminal import coloured
 from export.serving.bundle import Bundle
+from launch.check import check_recipe
 from launch.cli import main
 from launch.evaluate import evaluate
 from launch.new import new_recipe
+from launch.recipe import load_stages
 from tests.recipes import finetune_section, run_here, train_section, write_model, write_recipe, write_sentences
 
 TASK = {"type": "tagging"}
@@ -150,14 +153,19 @@ def test_rows_of_several_labels_are_not_taken_for_tags(tmp_path, monkeypatch):
         new_recipe("a.jsonl", None, "tagging", "model", [])
 
 
-def test_check_names_the_first_broken_sentence(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ("a O\nfilm B-WORK\n\nplot B-WORK\nfilm I-PER\n\n", [], r"rows.conll:4: word 2, 'film': I-PER stands behind B-WORK"),
+        ("a O\nfilm B-WORK\n", ["stride=99"], r"task.stride=99: windows of max_length=32 tokens cannot share as many"),
+        ("a O\nfilm B-WORK\n", ["metric=accuracy"], r"task.metric=accuracy: these tags mark entities: take f1"),
+        ("a DET\nfilm NOUN\n", ["metric=f1"], r"task.metric=f1: these tags do not mark entities: take accuracy"),
+    ],
+)
+def test_check_names_what_would_stop_the_stage(tmp_path, rows, settings, message):
     section = finetune_section(task=TASK, data={"train": "rows.conll"})
     write_recipe(tmp_path, {"teacher": {"finetune": section}})
-    (tmp_path / "rows.conll").write_text("a O\nfilm B-WORK\n\nplot B-WORK\nfilm I-PER\n\n")
-    from engine.config import load_recipe
-    from launch.check import check_recipe
-    from launch.recipe import load_stages
-
-    recipe = load_recipe(tmp_path / "recipe.yaml")
-    with pytest.raises(UserError, match=r"rows.conll:4: word 2, 'film': I-PER stands behind B-WORK"):
+    (tmp_path / "rows.conll").write_text(rows)
+    recipe = load_recipe(tmp_path / "recipe.yaml", [f"teacher.task.{setting}" for setting in settings])
+    with pytest.raises(UserError, match=message):
         check_recipe(recipe, load_stages(recipe))

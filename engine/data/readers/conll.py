@@ -37,7 +37,9 @@ class Conll(Layout):
 
     def _names(self, size: int) -> list[str]:
         given = self.options.header
-        if isinstance(given, list):
+        if isinstance(given, bool):
+            raise self.broken(1, "columns of words have no line with their names: write them, as in header: [text, pos, label]")
+        if given is not None:
             if len(given) != size:
                 raise self.broken(1, f"header names {len(given)} columns, and lines have {size}")
             return given
