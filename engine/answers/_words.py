@@ -9,6 +9,7 @@ Shapes: V words with a token, L tokens.
 from __future__ import annotations
 
 import functools
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -103,17 +104,43 @@ def overlap(tokenizer: Any, stride: int | None) -> None:
     tokenizer.enable_truncation(length, stride=stride, direction="right")
 
 
+def keep_spaces(tokenizer: Any) -> None:
+    """Lets a tokenizer mark the space before a word only where one stands, in place.
+
+    SentencePiece's put one before every text, and so before every word of a script without spaces. One that would not notice
+    spaces then stays as it is.
+    """
+    from tokenizers.pre_tokenizers import Metaspace
+
+    before = tokenizer.pre_tokenizer
+    rules = json.loads(before.__getstate__()) if before is not None else {}
+    marks = [rule for rule in rules.get("pretokenizers", [rules]) if rule.get("type") == "Metaspace"]
+    if marks and marks[0].get("prepend_scheme", "always") != "never":
+        sign = marks[0].get("replacement", "\u2581")
+        tokenizer.pre_tokenizer = Metaspace(sign, "never")
+        if not tokenizer.encode([" a"], is_pretokenized=True, add_special_tokens=False).tokens[0].startswith(sign):
+            tokenizer.pre_tokenizer = before
+
+
 def encode(tokenizer: Any, texts: Sequence[Words]) -> list[Encoded]:
-    """Tokenizes texts word by word; see `overlap`."""
-    encoded = tokenizer.encode_batch([_pieces(words) for words in texts], is_pretokenized=True)
+    """Tokenizes texts word by word, by a tokenizer that was made ready by `overlap` and `keep_spaces`."""
+    from tokenizers.pre_tokenizers import Metaspace
+
+    first = " " if isinstance(tokenizer.pre_tokenizer, Metaspace) and tokenizer.pre_tokenizer.prepend_scheme == "never" else ""
+    encoded = tokenizer.encode_batch([_pieces(words, first) for words in texts], is_pretokenized=True)
     stride = tokenizer.truncation["stride"]
     return [_placed([encoding, *encoding.overflowing], stride) for encoding in encoded]
 
 
-def _pieces(words: Words) -> list[str]:
-    """Returns every word, with a space before it where one stands there: some tokenizers tell a word by it."""
+def _pieces(words: Words, first: str) -> list[str]:
+    """Returns every word, with a space before it where one stands there: some tokenizers tell a word by it.
+
+    Args:
+        first: what stands before the text.
+    """
     text = words.text
-    return [f" {text[start:end]}" if start and text[start - 1].isspace() else text[start:end] for start, end in words.places]
+    before = [(text[start - 1 : start] if start else first).isspace() for start, _ in words.places]
+    return [f"{' ' * space}{text[start:end]}" for (start, end), space in zip(words.places, before, strict=True)]
 
 
 def _placed(windows: list[Any], stride: int) -> Encoded:

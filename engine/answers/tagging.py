@@ -19,7 +19,7 @@ from engine.answers._marks import Reading, are_tags, entities_of, tags_as_named,
 from engine.answers._metrics import Counts
 from engine.answers._schemes import OUTSIDE, SCHEMES, Span, allowed, parse, spans_of
 from engine.answers._texts import OUTPUT, TextAnswers, arrays_of, identity
-from engine.answers._words import Encoded, Words, encode, overlap
+from engine.answers._words import Encoded, Words, encode, keep_spaces, overlap
 
 TRANSITIONS = "transitions"
 """What the graph of a model with a CRF gives beside the scores of the tags: its own scores, see `engine.answers._chains`."""
@@ -53,6 +53,7 @@ class Answers(TextAnswers):
         source = facts["scheme"] if facts["scheme"] in SCHEMES else facts["source"]
         self.reading = Reading(source, facts["names"], widen, longest)
         overlap(tokenizer, facts["stride"])
+        keep_spaces(tokenizer)
 
     @property
     def metric(self) -> Metric:

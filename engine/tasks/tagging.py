@@ -221,7 +221,7 @@ class Task(TextTask):
         for row in rows:
             kinds.update(types_of(row[config.label], config.names) if source else config.called(row[config.label]))
         if len(kinds) < (1 if source else 2):
-            found = "no entity" if source else "one tag only"
+            found = "no entity" if source or not kinds else "one tag only"
             raise UserError(f"{file_of(rows)}column '{config.label}' holds {found}: there is nothing to learn")
         labels = labels_of(sorted(kinds), config.learns) if source else sorted(kinds)
         return {"labels": labels, "marks": config.learns if source else None, "source": source}

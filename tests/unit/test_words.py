@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from engine.answers._texts import limit
-from engine.answers._words import between_spaces, encode, joined, overlap, split
+from engine.answers._words import between_spaces, encode, joined, keep_spaces, overlap, split
 
 TEXTS = st.text(
     st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("ab 北京é\u0301\u200d👩🚀\ufe0f🇩🇪\u200b.,-5"))
@@ -98,6 +98,43 @@ def test_a_text_that_fits_has_one_window_and_longer_ones_share_their_overlap():
     tokens = [[token for token in window.tokens if not token.startswith("[")] for window in long.windows]
     assert ["".join(part) for part in tokens] == ["abcdef", "efghij", "ijklm"]
     assert "".join(str(window) for window in long.window_V) == "0000011112222", "each where it has most tokens on its nearer side"
+
+
+def sentencepiece(*before):
+    """A tokenizer as SentencePiece's are converted: a sign of the space before every word."""
+    pieces = [("<unk>", 0.0), ("<pad>", 0.0), ("▁", -2.0), *((piece, -1.0) for piece in ("▁a", "b", "北", "京", "▁北", "ab"))]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    if before:
+        tokenizer.normalizer = normalizers.Sequence(list(before))
+    limit(tokenizer, 16, "<pad>")
+    overlap(tokenizer, None)
+    keep_spaces(tokenizer)
+    return tokenizer
+
+
+def test_a_space_is_marked_only_where_one_stands():
+    (encoded,) = encode(sentencepiece(), [split("a 北京 b")])
+    assert encoded.windows[0].tokens == ["▁a", "▁北", "京", "▁", "b"]
+    assert encoded.word_V.tolist() == [0, 1, 2, 3]
+
+
+def test_a_tokenizer_that_strips_spaces_first_stays_as_it_is():
+    (encoded,) = encode(sentencepiece(normalizers.Strip()), [split("a 北京")])
+    assert encoded.windows[0].tokens == ["▁a", "▁北", "▁", "京"]
+
+
+@pytest.mark.parametrize("text", ["Hello world, it", "naïve 北京 x  y", " a"])
+def test_words_of_a_byte_level_tokenizer_get_the_tokens_that_they_have_in_the_text(text):
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE({sign: number for number, sign in enumerate(sorted(alphabet))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    limit(tokenizer, 64, "a")
+    overlap(tokenizer, None)
+    keep_spaces(tokenizer)
+    (encoded,) = encode(tokenizer, [split(text)])
+    single = " ".join(text.split()) if text[0] != " " else f" {text.strip()}"
+    assert encoded.windows[0].tokens == tokenizer.encode(single).tokens
 
 
 def test_windows_that_cannot_overlap_so_far_are_refused():
