@@ -73,14 +73,7 @@ class Answers(TextAnswers):
 
     def prepare(self, rows: Sequence[Row]) -> Arrays:
         """Returns the inputs of M windows: those of the first row, of the second, and so on."""
-        return self._arrays(self.encode(rows))
-
-    def _arrays(self, encoded: list[Encoded]) -> Arrays:
-        windows = [window for each in encoded for window in each.windows]
-        longest = max(len(window.ids) for window in windows)
-        for window in windows if len({len(window.ids) for window in windows}) > 1 else ():
-            window.pad(longest, pad_id=self.tokenizer.padding["pad_id"], pad_token=self.tokenizer.padding["pad_token"])
-        return arrays_of(windows)
+        return _arrays(self.encode(rows))
 
     def answer(self, run: Run, rows: Sequence[Row]) -> list[Answer]:
         """Returns {"entities": [{"start", "end", "type", "text", "score"}]} of each row: characters of its text, and the mean
@@ -91,7 +84,7 @@ class Answers(TextAnswers):
         """
         texts = [self.words(row) for row in rows]
         encoded = encode(self.tokenizer, texts)
-        outputs = run(MODEL, self._arrays(encoded))
+        outputs = run(MODEL, _arrays(encoded))
         firsts = np.cumsum([0, *(len(each.windows) for each in encoded)])
         emissions = [
             outputs[OUTPUT][first + each.window_V, each.position_V] for first, each in zip(firsts, encoded, strict=False)
@@ -110,7 +103,7 @@ class Answers(TextAnswers):
         else:
             scores = transitions + self.rules
             paths = best_paths(emissions, scores)
-            outside = self.tags.index(OUTSIDE) if self.scheme else -1
+            outside = self.tags.index(OUTSIDE) if self.scheme and OUTSIDE in self.tags else -1
             told = [row for row, path in enumerate(paths) if (path != outside).any()]
             found = dict(zip(told, probabilities([emissions[row] for row in told], scores), strict=True))
             shares = [found.get(row, emissions_VC) for row, emissions_VC in enumerate(emissions)]
@@ -290,6 +283,11 @@ class Answers(TextAnswers):
         if self.scheme is None:
             return " ".join(str(entry["tag"]) for entry in answer["tags"]) or "-"
         return ", ".join(f"{each['type']} {each['text']} {each['score']:.4f}" for each in answer["entities"]) or "-"
+
+
+def _arrays(encoded: list[Encoded]) -> Arrays:
+    """Returns the inputs of every window of some rows; the tokenizer has padded them alike."""
+    return arrays_of([window for each in encoded for window in each.windows])
 
 
 def _softmax(emissions_VC: np.ndarray) -> np.ndarray:

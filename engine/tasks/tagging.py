@@ -320,7 +320,7 @@ class Task(TextTask):
             return
         words: Words = self.answers.words(row)
         for index in sorted(set(range(len(label_W))) - set(encoded.word_V.tolist())):
-            if words.given or (self.answers.scheme and label_W[index] != self.number[OUTSIDE]):
+            if words.given or (self.answers.scheme and label_W[index] != self.number.get(OUTSIDE)):
                 raise UserError(
                     f"word {index + 1}, {words.word(index)!a}, becomes no token of this tokenizer: remove it with its tag, or "
                     "let such words be skipped (task.unread: skip)"
