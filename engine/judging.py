@@ -211,8 +211,8 @@ def mistakes(answers: Answers, given: list[Answer], rows: Sequence[Row]) -> dict
     """Returns what shows where answers are wrong.
 
     Returns:
-        {"worst": [{"inputs": {column: text}, "off", and the truth and the answer as the task records them}], worst first,
-        "off_by": what `off` is, "confusion", "points"}; the latter as the answering half has them.
+        {"worst": [{"off", and what `Answers.explained` gives}], worst first, "off_by": what `off` is, "confusion", "points"}; the
+        latter as the answering half has them.
     """
     off_N = answers.wrongness(given, rows)
     order = [index for index in np.argsort(-off_N, kind="stable")[:WORST] if off_N[index] > 0]
@@ -227,9 +227,19 @@ def mistakes(answers: Answers, given: list[Answer], rows: Sequence[Row]) -> dict
 
 
 def _mistake(answers: Answers, answer: Answer, row: Row, off: float) -> dict[str, Any]:
-    inputs = {column: str(row.get(column, row.get(name)))[:LONGEST] for name, column in answers.columns.items()}
-    said = {key: value for key, value in answers.record(answer, row).items() if key not in ("id", "scores")}
-    return {"inputs": inputs, **said, "off": round(off, 6)}
+    seen = answers.explained(answer, row)
+    inputs = {column: _short(text) for column, text in seen["inputs"].items()}
+    return {**{key: _short(value) for key, value in seen.items()}, "inputs": inputs, "off": round(off, 6)}
+
+
+def _short(value: Any) -> Any:
+    """Returns a value whose texts have LONGEST characters at most."""
+    if isinstance(value, str):
+        return value[:LONGEST]
+    if not isinstance(value, dict) or "pieces" not in value:
+        return value
+    ends = np.cumsum([len(piece) for piece, _ in value["pieces"]])
+    return {"pieces": [pair for pair, end in zip(value["pieces"], ends, strict=True) if end <= LONGEST]}
 
 
 def seen_in(

@@ -80,7 +80,10 @@ def _worst(mistakes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any) -> Any:
+    """Returns a value as text; pieces of a text as they are."""
+    if isinstance(value, dict) and "pieces" in value:
+        return value["pieces"]
     if isinstance(value, list):
         return ", ".join(map(_shown, value)) or "–"
     return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)

@@ -271,18 +271,32 @@ class Answers(TextAnswers):
 
     def pieces(self, answer: Answer, row: Row) -> list[tuple[str, str | None]]:
         """Returns the text in pieces, each with the type of its entity or its tag, or None."""
-        text, end = self.words(row).text, 0
-        found: list[tuple[str, str | None]] = []
-        for entry in answer["tags"] if self.scheme is None else answer["entities"]:
-            found += [(text[end : entry["start"]], None), (entry["text"], entry["tag"] if self.scheme is None else entry["type"])]
-            end = entry["end"]
-        return [(piece, kind) for piece, kind in [*found, (text[end:], None)] if piece]
+        entries, kind = (answer["tags"], "tag") if self.scheme is None else (answer["entities"], "type")
+        return _cut(self.words(row).text, [Span(entry["start"], entry["end"], entry[kind]) for entry in entries])
+
+    def explained(self, answer: Answer, row: Row) -> dict[str, Any]:
+        """Returns the text twice, with what is true and with what was answered marked in it."""
+        words, truth = self.words(row), self.truth(row) or []
+        if self.scheme is None:
+            truth = [Span(*place, tag) for place, tag in zip(words.places, truth, strict=False)]
+        return {"inputs": {}, "true": {"pieces": _cut(words.text, truth)}, "answered": {"pieces": self.pieces(answer, row)}}
 
     def line(self, answer: Answer) -> str:
         """Returns the entities with their types and scores, or the tags; `-` for none."""
         if self.scheme is None:
             return " ".join(str(entry["tag"]) for entry in answer["tags"]) or "-"
         return ", ".join(f"{each['type']} {each['text']} {each['score']:.4f}" for each in answer["entities"]) or "-"
+
+
+def _cut(text: str, spans: Sequence[Span]) -> list[tuple[str, str | None]]:
+    """Cuts a text at spans of characters; of spans that lie over each other the first is taken."""
+    found: list[tuple[str, str | None]] = []
+    at = 0
+    for start, end, kind in sorted(spans):
+        if start >= at:
+            found += [(text[at:start], None), (text[start:end], kind)]
+            at = end
+    return [(piece, kind) for piece, kind in [*found, (text[at:], None)] if piece]
 
 
 def _arrays(encoded: list[Encoded]) -> Arrays:

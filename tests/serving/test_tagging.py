@@ -71,7 +71,10 @@ def test_every_stage_is_judged_by_the_f1_of_entities(chain):
         if stage not in ("engine", "int8"):
             assert set(json.loads((run / stage / "per_class.json").read_text())["test"]) == {"PLACE", "WORK"}
     assert record["comparison"]["f1_drop_points"]["n"] == record["metrics"]["test"]["examples"]
-    assert "f1" in write_report(run).read_text(encoding="utf-8")
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "<small>WORK</small></mark>" in page and "Confusion matrix" in page, (
+        "gold and predicted spans are marked in the worst rows"
+    )
 
 
 def test_transitions_are_trained_saved_imitated_and_exported_with_the_model(chain):

@@ -219,6 +219,9 @@ def test_types_that_are_taken_for_each_other_and_the_worst_rows_are_told(task):
     assert confused["counts"] == [[0, 2, 1], [1, 0, 1], [1, 1, 1], [2, 0, 2]]
     assert task.answers.wrongness(answers, ROWS).tolist() == [4, 1, 0]
     assert task.answers.agreement(answers, answers) == 1.0
+    seen = task.answers.explained(answers[0], ROWS[0])
+    assert seen["true"]["pieces"] == [("a ", None), ("good film", "WORK"), (" with the ", None), ("actor", "PER")]
+    assert ("good film", "PER") in seen["answered"]["pieces"]
     record = json.loads(json.dumps(task.answers.record(answers[0], ROWS[0])))
     assert record["label"] == [[2, 11, "WORK"], [21, 26, "PER"]] and record["text"][21:26] == "actor"
 
