@@ -140,13 +140,13 @@ class Answers(abc.ABC):
         """Returns a line of predictions.jsonl: `id` (of the inputs alone), the truth and the prediction."""
 
     def explained(self, answer: Answer, row: Row) -> dict[str, Any]:
-        """Returns what a person sees of an answer beside its row: {"inputs": {column: text}, and the truth and the answer as they
-        are recorded}; a value may be {"pieces": as `pieces` gives them}."""
+        """Returns what a person sees of an answer and the truth: {"inputs": {column: text}, and others as they are recorded}.
+
+        A value may be {"pieces": as `pieces` gives them}.
+        """
         inputs = {column: str(row.get(column, row.get(name))) for name, column in self.columns.items()}
-        return {
-            "inputs": inputs,
-            **{key: value for key, value in self.record(answer, row).items() if key not in ("id", "scores")},
-        }
+        recorded = self.record(answer, row)
+        return {"inputs": inputs, **{key: value for key, value in recorded.items() if key not in ("id", "scores")}}
 
     def right(self, answers: list[Answer], rows: Sequence[Row]) -> np.ndarray:
         """Says of every row whether it was answered right, shape (N,); only where `metric.counted`."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.answers import MODEL, Answer, Arrays, Metric, Row, Run
+from engine.answers import CHUNK, MODEL, Answer, Arrays, Metric, Row, Run
 from engine.answers._chains import FORBIDDEN, best_paths, probabilities
 from engine.answers._marks import Reading, are_tags, entities_of, tags_as_named, words_of
 from engine.answers._metrics import Counts
@@ -76,11 +76,11 @@ class Answers(TextAnswers):
         return _arrays(self.encode(rows))
 
     def answer(self, run: Run, rows: Sequence[Row]) -> list[Answer]:
-        """Returns {"entities": [{"start", "end", "type", "text", "score"}]} of each row: characters of its text, and the mean
-        probability of the tags of its words. Without a scheme {"tags": [{"start", "end", "tag", "text", "score"}]}, one for each
-        word; `tag` is None for a word of which the tokenizer makes nothing.
+        """Returns {"entities": [{"start", "end", "type", "text", "score"}]} of each row.
 
-        The text of given words has a space between two of them.
+        Places are characters of the row's text, which has a space between two given words; the score is the mean probability of
+        the tags. Without a scheme: {"tags": [{"start", "end", "tag", "text", "score"}]}, one for each word; `tag` is None for one
+        of which the tokenizer makes nothing.
         """
         texts = [self.words(row) for row in rows]
         encoded = encode(self.tokenizer, texts)
@@ -204,7 +204,7 @@ class Answers(TextAnswers):
             else:
                 both.update(span.type for span in set(truth) & set(given))
                 predicted.update(span.type for span in given)
-                true.update(span.type for span in truth)
+                true.update(span.type for span in set(truth))
         kinds = list(dict.fromkeys([*self.types, *sorted(true)]))
         return kinds, Counts(*(np.array([count[kind] for kind in kinds]) for count in (both, predicted, true)))
 
@@ -240,11 +240,18 @@ class Answers(TextAnswers):
 
     def lengths(self, rows: Sequence[Row]) -> np.ndarray:
         """Returns the tokens of each row over all of its windows, shape (N,)."""
-        return np.array([sum(sum(window.attention_mask) for window in each.windows) for each in self.encode(rows)])
+        found: list[int] = []
+        for start in range(0, len(rows), CHUNK):
+            for each in self.encode(rows[start : start + CHUNK]):
+                found.append(sum(sum(window.attention_mask) for window in each.windows))
+        return np.array(found)
 
     def agreement(self, answers: list[Answer], others: list[Answer]) -> float:
-        """Returns the mean over rows of how far they are the same: the F1 of one model's entities against the other's, 1 where
-        neither has any; or the share of words with the same tag."""
+        """Returns the mean over rows of how far they are the same.
+
+        That is the F1 of one model's entities against the other's, 1 where neither has any; or the share of words with the same
+        tag.
+        """
         return float(np.mean([self._alike(one, other) for one, other in zip(answers, others, strict=True)]))
 
     def _alike(self, one: Answer, other: Answer) -> float:

@@ -369,8 +369,10 @@ class Task(TextTask):
         return (losses_B * labelled_B).sum(), count
 
     def lesson(self, outputs: Batch, batch: Batch, temperature: float) -> Batch:
-        """Returns the logarithm of the probability of every tag of each word, (B, W, C), of the softened distribution: a softmax,
-        or the CRF's over all sequences of tags (arXiv:2004.03846)."""
+        """Returns the logarithm of the probability of every tag of each word, (B, W, C), of the softened distribution.
+
+        That is a softmax, or the CRF's marginals over all sequences of tags (arXiv:2004.03846).
+        """
         import torch
 
         emissions_BWC = _at_words(outputs, batch) / temperature
