@@ -166,3 +166,14 @@ def test_a_span_with_two_labels_is_named(tmp_path):
 def test_other_json_is_read_as_before(tmp_path, row):
     layout, rows = read(tmp_path / "a.jsonl", row)
     assert layout.NAME == "jsonl" and rows == [(1, row)]
+
+
+def test_numbers_of_tags_in_lists_become_their_names(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the extra `data` is not installed")
+    tags = datasets.ClassLabel(names=["O", "B-LOC"])
+    features = datasets.Features({"tokens": datasets.Sequence(datasets.Value("string")), "ner_tags": datasets.Sequence(tags)})
+    made = datasets.Dataset.from_dict({"tokens": [["in", "Berlin"]], "ner_tags": [[0, 1]]}, features=features)
+    made.save_to_disk(tmp_path / "saved")
+    made.to_parquet(tmp_path / "a.parquet")
+    for source in (tmp_path / "saved", tmp_path / "a.parquet"):
+        assert [row for _, row in find_layout(source).rows()] == [{"tokens": ["in", "Berlin"], "ner_tags": ["O", "B-LOC"]}]
