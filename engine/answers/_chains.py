@@ -63,21 +63,19 @@ def _groups(lengths: Sequence[int]) -> Iterator[np.ndarray]:
 def viterbi(emissions_BWC: np.ndarray, length_B: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Returns the best tags of each sentence, int64 of shape (B, W); 0 behind its length."""
     rows, words, tags = emissions_BWC.shape
-    step_TF, every = np.ascontiguousarray(scores[:tags].T), np.arange(rows)
+    step_TF, last_C = np.ascontiguousarray(scores[:tags].T), scores[tags + 1]
     best_WBC = np.empty((words, rows, tags))
     best_WBC[0] = scores[tags] + emissions_BWC[:, 0]
     for word in range(1, words):
         np.maximum.reduce(best_WBC[word - 1][:, None, :] + step_TF, axis=2, out=best_WBC[word])
         best_WBC[word] += emissions_BWC[:, word]
-    # Which tag came before is looked up along the best path alone.
-    end_B = np.maximum(length_B - 1, 0)
-    last_B = (best_WBC[end_B, every] + scores[tags + 1]).argmax(axis=1)
-    path_BW, tag_B = np.zeros((rows, words), dtype=np.int64), last_B
-    for word in range(words - 1, -1, -1):
-        before_B = tag_B if word == words - 1 else (best_WBC[word] + step_TF[tag_B]).argmax(axis=1)
-        tag_B = np.where(word < end_B, before_B, last_B)
-        path_BW[:, word] = tag_B
-    return np.where(np.arange(words) < length_B[:, None], path_BW, 0)
+    path_BW = np.zeros((rows, words), dtype=np.int64)
+    for row, length in enumerate(length_B.tolist()):
+        after_F = last_C
+        for word in range(length - 1, -1, -1):  # which tag came before is looked up along the best path alone
+            tag = int((best_WBC[word, row] + after_F).argmax())
+            path_BW[row, word], after_F = tag, step_TF[tag]
+    return path_BW
 
 
 def marginals(emissions_BWC: np.ndarray, length_B: np.ndarray, scores: np.ndarray) -> np.ndarray:
