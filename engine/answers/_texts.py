@@ -16,6 +16,7 @@ from engine.answers import Answers, Arrays, Metric, Row, RowError
 
 OUTPUT = "logits"
 """What the graph of a task with the usual head gives, shape (N, numbers of a row)."""
+NO_TOKEN = "a text without a single token, to a tokenizer that adds none of its own: leave the row out"
 SMALLEST = float(np.finfo(np.float32).tiny)
 """A probability that rounds to 0 counts as this much in a loss."""
 
@@ -101,7 +102,10 @@ class TextAnswers(Answers):
         return encodings(self.tokenizer, rows, self.columns)
 
     def prepare(self, rows: Sequence[Row]) -> Arrays:
-        return arrays_of(self.encode(rows))
+        arrays = arrays_of(self.encode(rows))
+        if not arrays["attention_mask"].any(axis=1).all():
+            raise RowError(NO_TOKEN)
+        return arrays
 
     def identity(self, row: Row) -> str:
         """Returns the id of a row, see `identity`."""

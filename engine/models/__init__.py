@@ -5,20 +5,29 @@ Weights are read from safetensors only: no pickle from others, no remote code.
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
+from engine.answers._batches import MASK
 from engine.config import Strict
 from engine.errors import UserError
 from engine.models.facts import ModelFiles
-from engine.models.families import NEW, STRUCTURE_KEY, family_for_packing, family_of
+from engine.models.families import NEW, STRUCTURE_KEY, family_for_packing, family_of, require
 from engine.models.weights import read_headers, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+TOKEN_INPUTS = ("input_ids", MASK, "token_type_ids")
+"""What a tokenizer gives that a model may take, in the order in which graphs take it."""
+CLASSIFIER = "AutoModelForSequenceClassification"
+"""The head of classes and of numbers."""
 
 
 class ScratchConfig(Strict):
@@ -133,6 +142,8 @@ def load_model(
     for key, value in (settings or {}).items():
         setattr(config, key, value)
     auto = _auto_class(head)
+    if head == CLASSIFIER:
+        require(config.model_type, "classes")
     try:
         if random or getattr(config, STRUCTURE_KEY, None):
             built = auto.from_config(config, attn_implementation=attention)
@@ -143,7 +154,7 @@ def load_model(
             add_part(built)
             if not random:
                 _load_weights(built, Path(model))
-            return built
+            return _by_rows(built, head)
         # Tensors of another shape are named by `_require_fitting`, not by a report that nobody sees.
         built, loading = auto.from_pretrained(
             model,
@@ -155,10 +166,21 @@ def load_model(
         )
         _require_fitting(built, model, loading, whole=settings is None)
         load_part(built, model, whole=settings is None)
-        return built
+        return _by_rows(built, head)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model '{model}' cannot be loaded: {reason}") from None
+
+
+def _by_rows(model: PreTrainedModel, head: str) -> PreTrainedModel:
+    """Returns a model whose answer to a row depends on that row alone, whatever shares its batch."""
+    if MASK not in inspect.signature(type(model).forward).parameters:
+        raise UserError(f"models of type '{model.config.model_type}' take no attention mask: an answer would depend on padding")
+    if head == CLASSIFIER:
+        from engine.models.pooling import pool_each_row
+
+        pool_each_row(model)
+    return model
 
 
 def _require_fitting(built: PreTrainedModel, model: Path | str, loading: dict[str, Any], whole: bool) -> None:
@@ -197,7 +219,7 @@ def _load_weights(model: PreTrainedModel, directory: Path) -> None:
 def load_tokenizer(model: Path | str) -> PreTrainedTokenizerBase:
     """Loads the fast tokenizer of a model directory or hub id, without the truncation and padding that its file may switch on.
 
-    One without a padding token gets one.
+    One without a padding token gets one; of the inputs that it makes, those stay that the model beside it takes.
 
     Raises:
         UserError: there is none.
@@ -210,7 +232,7 @@ def load_tokenizer(model: Path | str) -> PreTrainedTokenizerBase:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, use_fast=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{model}: no tokenizer: {reason}") from None
     if not tokenizer.is_fast:
@@ -220,7 +242,23 @@ def load_tokenizer(model: Path | str) -> PreTrainedTokenizerBase:
     tokenizer.backend_tokenizer.no_padding()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = _padding(tokenizer, model)
+    try:
+        taken = _inputs_taken(read_config(model))
+    except UserError:
+        return tokenizer  # without a model, as pretraining takes one; a model that cannot be read is refused where it is loaded
+    tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name in taken]
     return tokenizer
+
+
+def _inputs_taken(config: Any) -> set[str]:
+    """Returns the names of the inputs of a model: many tokenizers give token types that it does not know."""
+    from transformers import AutoModel
+
+    body: Any = AutoModel._model_mapping.get(type(config), None)
+    body = body[0] if isinstance(body, tuple) else body
+    taken = set(inspect.signature(body.forward).parameters) if body else set(TOKEN_INPUTS)
+    has_types = getattr(config, "type_vocab_size", None) not in (0, 1) and family_of(config.model_type).token_types
+    return taken if has_types else taken - {"token_type_ids"}
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase, model: Path | str) -> str:
@@ -233,8 +271,12 @@ def _padding(tokenizer: PreTrainedTokenizerBase, model: Path | str) -> str:
 
 def positions_of(config: dict[str, Any]) -> int | None:
     """Returns how many tokens a model takes, from its config.json; None when nothing bounds them."""
-    positions = config.get("max_position_embeddings") or config.get("n_positions")
-    if positions and family_of(config.get("model_type")).positions_after_padding:
+    positions, counted = config.get("max_position_embeddings"), family_of(config.get("model_type")).positions
+    if positions is None:
+        positions = config.get("n_positions")
+    if counted == "relative" or not positions or positions < 0:
+        return None
+    if counted == "after padding":
         # Their positions are counted from behind the id of the padding token, which is 1 unless the file says otherwise.
         return positions - config.get("pad_token_id", 1) - 1
     return positions
@@ -247,6 +289,10 @@ def check_length(length: int, config: Any, key: str, model: Path | str) -> None:
         raise UserError(f"{key}={length} is above the {positions} positions of model '{model}': set {key} to {positions} or less")
 
 
+_DROPOUT = re.compile(r"(?<!layer)drop(?!_path)")
+"""Entries and attributes that hold a probability of dropout of features or of attention; not of whole layers."""
+
+
 def set_dropout(model: PreTrainedModel, probability: float) -> None:
     """Sets every dropout of the model, in its modules and in its configuration."""
     import torch
@@ -254,9 +300,15 @@ def set_dropout(model: PreTrainedModel, probability: float) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = probability
-    for key in family_of(model.config.model_type).dropout:
-        if getattr(model.config, key, None) is not None:
-            setattr(model.config, key, probability)
+        for name in _probabilities(vars(module)):
+            setattr(module, name, probability)
+    for key in _probabilities(model.config.to_dict()):
+        setattr(model.config, key, probability)
+
+
+def _probabilities(entries: dict[str, Any]) -> list[str]:
+    """Returns the names of those entries that are a probability of dropout: attention in transformers keeps it as a number."""
+    return [name for name, value in entries.items() if type(value) in (int, float) and _DROPOUT.search(name.lower())]
 
 
 def checkpoint_activations(model: Any) -> None:

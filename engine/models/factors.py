@@ -8,11 +8,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from transformers.pytorch_utils import Conv1D, prune_linear_layer
 
 from engine.errors import UserError
-
-ATTENTION, FFN = ("query", "key", "value", "output"), ("up", "down")
-"""Roles of a layer's linear maps in the family table."""
 
 
 class Factor(NamedTuple):
@@ -45,9 +43,48 @@ def split(matrix_OI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
     return (left_OK[:, :rank] * root_R).to(matrix_OI.dtype), (root_R[:, None] * right_KI[:rank]).to(matrix_OI.dtype)
 
 
+class ThinLinear(torch.nn.Sequential):
+    """Two linear maps after each other: in the place of one, whose dtype some models ask for."""
+
+    @property
+    def weight(self) -> Any:
+        return self[1].weight
+
+
 def thin_linear(inputs: int, outputs: int, rank: int, bias: bool) -> Any:
     """Returns two linear maps after each other, with weights of no meaning yet."""
-    return torch.nn.Sequential(torch.nn.Linear(inputs, rank, bias=False), torch.nn.Linear(rank, outputs, bias=bias))
+    return ThinLinear(torch.nn.Linear(inputs, rank, bias=False), torch.nn.Linear(rank, outputs, bias=bias))
+
+
+def inputs_of(part: Any) -> int:
+    """Returns the inputs of a linear map of any kind."""
+    if isinstance(part, Conv1D):
+        return part.nx
+    first: Any = part[0] if isinstance(part, ThinLinear) else part
+    return first.in_features
+
+
+def outputs_of(part: Any) -> int:
+    """Returns the outputs of a linear map of any kind."""
+    if isinstance(part, Conv1D):
+        return part.nf
+    last: Any = part[1] if isinstance(part, ThinLinear) else part
+    return last.out_features
+
+
+def narrowed(part: Any, places: Any, outputs: bool) -> Any:
+    """Returns a linear map, a table or a vector with some of its outputs alone, or of its inputs."""
+    if isinstance(part, torch.nn.Parameter):
+        return torch.nn.Parameter(part.detach()[places].clone())
+    if isinstance(part, torch.nn.Embedding):
+        return torch.nn.Embedding.from_pretrained(part.weight.detach()[:, places].clone(), freeze=False)
+    if isinstance(part, Conv1D):
+        kept = Conv1D(len(places), part.nx) if outputs else Conv1D(part.nf, len(places))
+        with torch.no_grad():
+            kept.weight.copy_(part.weight.index_select(1 if outputs else 0, places))
+            kept.bias.copy_(part.bias[places] if outputs else part.bias)
+        return kept
+    return prune_linear_layer(part, places, dim=0 if outputs else 1)
 
 
 class ThinEmbedding(torch.nn.Sequential):
@@ -58,15 +95,17 @@ class ThinEmbedding(torch.nn.Sequential):
         self.num_embeddings, self.embedding_dim, self.padding_idx = tokens, hidden, padding
 
 
-def factorized_linear(name: str, linear: torch.nn.Linear, wanted: int | float) -> tuple[Factor, Any]:
-    """Returns (what became of a linear map, what takes its place: None where it stays)."""
-    energy = torch.linalg.svdvals(linear.weight.detach().double())
-    rank = rank_of(energy, wanted, linear.in_features, linear.out_features)
+def factorized_linear(name: str, linear: Any, wanted: int | float) -> tuple[Factor, Any]:
+    """Returns (what became of a Linear or Conv1D, what takes its place: None where it stays)."""
+    weight_OI = linear.weight.detach().T if isinstance(linear, Conv1D) else linear.weight.detach()
+    outputs, inputs = weight_OI.shape
+    energy = torch.linalg.svdvals(weight_OI.double())
+    rank = rank_of(energy, wanted, inputs, outputs)
     if rank is None:
         return Factor(name, None, 1.0), None
-    thin = thin_linear(linear.in_features, linear.out_features, rank, linear.bias is not None)
+    thin = thin_linear(inputs, outputs, rank, linear.bias is not None)
     with torch.no_grad():
-        left_OR, right_RI = split(linear.weight, rank)
+        left_OR, right_RI = split(weight_OI, rank)
         thin[0].weight.copy_(right_RI)
         thin[1].weight.copy_(left_OR)
         if linear.bias is not None:

@@ -5,8 +5,9 @@ An architecture without a row trains, evaluates and exports; only what needs the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 from engine.errors import UserError
 
@@ -16,54 +17,284 @@ NEW = "bert"
 STRUCTURE_KEY = "bothways_structure"
 """config.json key of a physically smaller model: kept heads and FFN neurons per layer."""
 
+OPERATIONS = {
+    "classes": "cannot classify",
+    "layers": "cannot be given fewer layers",
+    "heads": "cannot lose attention heads",
+    "neurons": "cannot lose FFN neurons",
+    "attention": "cannot have their attention matrices factorised",
+    "ffn": "cannot have their FFN matrices factorised",
+    "embeddings": "cannot have their table of tokens factorised",
+    "maps": "give no attention maps that could be matched",
+}
+"""What a row is asked for, and how a message says that it cannot be done."""
+LAYERED = ("layers", "heads", "neurons", "attention", "ffn")
+"""Operations that need to know where the layers lie."""
+
+
+class Matrix(NamedTuple):
+    """A matrix whose outputs belong to heads or neurons: a Linear, a Conv1D or a bare vector."""
+
+    path: str
+    """In a layer, dotted. What is not there is left out: architectures have variants."""
+    parts: int = 1
+    """So many matrices are one, each behind the other: query, key and value; gate and value."""
+    together: int = 1
+    """So many outputs of a head stand behind each other before the next head begins."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack of layers. Paths are attributes, dotted; the defaults are those of an encoder like BERT's."""
+
+    layers: str = "encoder.layer"
+    """The list of layers, from the base model; `*` stands for every element of a list."""
+    count: str = "num_hidden_layers"
+    """Key of config.json: how many layers there are."""
+    heads: str = "num_attention_heads"
+    key_heads: str = "num_key_value_heads"
+    """Keys of config.json: heads of the queries; heads of keys and values, where they are fewer."""
+    attention: str = "attention.self"
+    """In a layer: what holds the attributes that follow."""
+    size: str = "attention_head_size"
+    """Attribute: features of a head."""
+    counts: tuple[str, ...] = ("num_attention_heads",)
+    widths: tuple[str, ...] = ("all_head_size",)
+    """Attributes: the number of heads; heads × features. None where they are read from the matrices."""
+    inputs: Mapping[str, Matrix] = field(
+        default_factory=lambda: {role: Matrix(f"attention.self.{role}") for role in ("query", "key", "value")}
+    )
+    """By role: the matrices whose outputs belong to heads; a `key` and `value` may have fewer of them."""
+    output: str = "attention.output.dense"
+    """The matrix whose inputs are the heads' outputs; "" where all of the attention is bare parameters."""
+    beside: tuple[Matrix, ...] = ()
+    """What else has a part for every head: projections of positions, biases."""
+    bias: str = ""
+    """From the base model: a table with a number for each head that all layers of the stack add to their scores."""
+    up: Mapping[str, Matrix] = field(default_factory=lambda: {"up": Matrix("intermediate.dense")})
+    """By role: the matrices whose outputs are neurons; two where the FFN is gated."""
+    down: str = "output.dense"
+    """The matrix whose inputs are the neurons."""
+    tokens_first: bool = False
+    """Its layers take (tokens, rows, features) in place of (rows, tokens, features)."""
+
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of an architecture lie, and what can be done with them. Paths are attributes, dotted."""
+    """Where the parts of an architecture lie, and what can be done with them."""
 
-    layers: str | None = None
-    """The list of layers, from the base model; None: unknown, so that layers can neither be left out nor shrunk."""
-    attention: str = "attention.self"
-    """In a layer: what holds the number of heads (`num_attention_heads`), their size and their sum."""
-    query: str = "attention.self.query"
-    key: str = "attention.self.key"
-    value: str = "attention.self.value"
-    output: str = "attention.output.dense"
-    """In a layer: the four linear maps of the attention; the inputs of `output` are the heads' outputs."""
-    up: str = "intermediate.dense"
-    down: str = "output.dense"
-    """In a layer: the two linear maps of the feed-forward part; neurons lie between them."""
-    positions_after_padding: bool = False
-    """Positions are counted from behind the id of the padding token, so that so many embeddings of positions are never used."""
+    stacks: tuple[Stack, ...] = ()
+    """Encoder before decoder; none: unknown, so that layers can neither be left out nor shrunk."""
+    shared_layers: str = ""
+    """Key of config.json: how many groups of layers there are, where all passes go through the same: a smaller model has fewer
+    passes."""
+    first_layer_stays: bool = False
+    """Layer 0 is built otherwise than the others."""
+    per_layer: tuple[str, ...] = ()
+    """Keys of the configuration that list something for each layer."""
+    hidden: str = "hidden_size"
+    """Key of config.json: features of a token."""
+    positions: Literal["table", "after padding", "relative"] = "table"
+    """`after padding`: counted from behind the id of the padding token, so that so many embeddings are never used.
+    `relative`: no length is too long."""
     packed: bool = False
     """Takes rows of several documents: explicit positions and an additive mask of shape (rows, 1, tokens, tokens)."""
+    additive_mask: bool = False
+    """Takes an additive mask of shape (rows, 1, 1, tokens) in place of zeros and ones: the fewest nodes in a graph."""
+    plain_attention: bool = False
+    """Where its attention comes from transformers' registry, it is the plain softmax."""
+    token_types: bool = True
+    """What its forward pass calls token_type_ids are types of tokens, and not tokens."""
+    pooled: Literal["", "last", "end"] = ""
+    """The head reads one token that transformers finds by its place: the `last` of the batch, though it may be padding; or by its
+    id: the `end` of the text, as often in every row. We look for it in each row (engine/models/pooling.py)."""
+    decoder_wraps: bool = False
+    """A decoder begins with the last token of the text, its language, in place of a fixed one."""
     vocabulary_head: str | None = None
     """From the model: what scores the vocabulary for masked positions; takes hidden states."""
-    dropout: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
-    """Keys of the configuration that hold a probability of dropout."""
+    cannot: Mapping[str, str] = field(default_factory=dict)
+    """Operation (see OPERATIONS) → why not."""
+
+    def why_not(self, operation: str) -> str | None:
+        """Returns why an operation of OPERATIONS cannot be done, None where it can."""
+        if operation in LAYERED and not self.stacks:
+            return self.cannot.get(operation, "where their layers lie is not known (docs/models.md lists the families)")
+        return self.cannot.get(operation)
+
+
+def _matrices(prefix: str, **names: str) -> dict[str, Matrix]:
+    return {role: Matrix(f"{prefix}{name}") for role, name in names.items()}
 
 
 UNKNOWN = Family()
-_ENCODER = Family(layers="encoder.layer")
-_OFFSET = replace(_ENCODER, positions_after_padding=True)
+_BERT = Family((Stack(),), additive_mask=True, plain_attention=True)
+_OFFSET = replace(_BERT, positions="after padding")
+
+_DISTIL = Stack(
+    layers="transformer.layer",
+    count="n_layers",
+    heads="n_heads",
+    attention="attention",
+    counts=("n_heads",),
+    widths=(),
+    inputs=_matrices("attention.", query="q_lin", key="k_lin", value="v_lin"),
+    output="attention.out_lin",
+    up={"up": Matrix("ffn.lin1")},
+    down="ffn.lin2",
+)
+_ALBERT = Stack(
+    layers="encoder.albert_layer_groups.*.albert_layers",
+    attention="attention",
+    inputs=_matrices("attention.", query="query", key="key", value="value"),
+    output="attention.dense",
+    up={"up": Matrix("ffn")},
+    down="ffn_output",
+)
+_MPNET = Stack(
+    attention="attention.attn",
+    inputs=_matrices("attention.attn.", query="q", key="k", value="v"),
+    output="attention.attn.o",
+    bias="encoder.relative_attention_bias",
+)
+_DEBERTA = Stack(
+    inputs={"qkv": Matrix("attention.self.in_proj", together=3)},
+    beside=tuple(Matrix(f"attention.self.{name}") for name in ("q_bias", "v_bias", "pos_proj", "pos_q_proj")),
+)
+_DEBERTA_V2 = Stack(
+    inputs=_matrices("attention.self.", query="query_proj", key="key_proj", value="value_proj"),
+    beside=tuple(Matrix(f"attention.self.{name}") for name in ("pos_key_proj", "pos_query_proj")),
+)
+_XLNET = Stack(
+    layers="layer",
+    count="n_layer",
+    heads="n_head",
+    inputs={},
+    output="",
+    up={"up": Matrix("ff.layer_1")},
+    down="ff.layer_2",
+    tokens_first=True,
+)
+_MODERNBERT = Stack(
+    layers="layers",
+    attention="attn",
+    size="head_dim",
+    counts=(),
+    widths=(),
+    inputs={"qkv": Matrix("attn.Wqkv", parts=3)},
+    output="attn.Wo",
+    up={"up": Matrix("mlp.Wi", parts=2)},
+    down="mlp.Wo",
+)
+_GPT2 = Stack(
+    layers="h",
+    count="n_layer",
+    heads="n_head",
+    attention="attn",
+    size="head_dim",
+    counts=("num_heads",),
+    widths=("split_size",),
+    inputs={"qkv": Matrix("attn.c_attn", parts=3)},
+    output="attn.c_proj",
+    up={"up": Matrix("mlp.c_fc")},
+    down="mlp.c_proj",
+)
+_LLAMA = Stack(
+    layers="layers",
+    attention="self_attn",
+    size="head_dim",
+    counts=(),
+    widths=(),
+    inputs=_matrices("self_attn.", query="q_proj", key="k_proj", value="v_proj"),
+    output="self_attn.o_proj",
+    up=_matrices("mlp.", gate="gate_proj", up="up_proj"),
+    down="mlp.down_proj",
+)
+
+
+def _bart(side: str) -> Stack:
+    return Stack(
+        layers=f"{side}.layers",
+        count=f"{side}_layers",
+        heads=f"{side}_attention_heads",
+        attention="self_attn",
+        size="head_dim",
+        counts=("num_heads",),
+        widths=(),
+        inputs=_matrices("self_attn.", query="q_proj", key="k_proj", value="v_proj"),
+        output="self_attn.out_proj",
+        up={"up": Matrix("fc1")},
+        down="fc2",
+    )
+
+
+def _t5(side: str, count: str, ffn: str) -> Stack:
+    return Stack(
+        layers=f"{side}.block",
+        count=count,
+        heads="num_heads",
+        attention="layer.0.SelfAttention",
+        size="key_value_proj_dim",
+        counts=("n_heads",),
+        widths=("inner_dim",),
+        inputs=_matrices("layer.0.SelfAttention.", query="q", key="k", value="v"),
+        output="layer.0.SelfAttention.o",
+        bias=f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias",
+        up=_matrices(f"{ffn}.DenseReluDense.", up="wi", gate="wi_0", linear="wi_1"),
+        down=f"{ffn}.DenseReluDense.wo",
+    )
+
+
+_SHARED_TABLE = {"embeddings": "encoder and decoder share it"}
+_SEQ2SEQ = Family(plain_attention=True, hidden="d_model", pooled="end", cannot=_SHARED_TABLE)
+_BART_ROW = replace(_SEQ2SEQ, stacks=(_bart("encoder"), _bart("decoder")))
+_T5_ROW = replace(
+    _SEQ2SEQ,
+    stacks=(_t5("encoder", "num_layers", "layer.1"), _t5("decoder", "num_decoder_layers", "layer.2")),
+    positions="relative",
+    first_layer_stays=True,
+)
+_DECODER = Family((_LLAMA,), plain_attention=True, per_layer=("layer_types",))
+
 FAMILIES = {
-    "bert": replace(_ENCODER, packed=True, vocabulary_head="cls"),
+    "albert": replace(_BERT, stacks=(_ALBERT,), shared_layers="num_hidden_groups"),
+    "bart": _BART_ROW,
+    "bert": replace(_BERT, packed=True, vocabulary_head="cls"),
     "camembert": _OFFSET,
     "data2vec-text": _OFFSET,
-    "electra": replace(_ENCODER, dropout=(*_ENCODER.dropout, "summary_last_dropout")),
-    "ernie": _ENCODER,
-    "layoutlm": _ENCODER,
-    "megatron-bert": _ENCODER,
-    "mpnet": Family(positions_after_padding=True),
-    "rembert": replace(_ENCODER, dropout=(*_ENCODER.dropout, "classifier_dropout_prob")),
+    "deberta": Family((_DEBERTA,)),
+    "deberta-v2": Family((_DEBERTA_V2,)),
+    "distilbert": replace(_BERT, stacks=(_DISTIL,), hidden="dim"),
+    "electra": _BERT,
+    "ernie": _BERT,
+    "fnet": Family(cannot={"classes": "they take no attention mask, so that an answer would depend on padding"}),
+    "gpt2": Family((_GPT2,), plain_attention=True, token_types=False, hidden="n_embd"),
+    "layoutlm": _BERT,
+    "llama": _DECODER,
+    "marian": replace(_BART_ROW, cannot={**_SHARED_TABLE, "classes": "transformers has no head of classes for them"}),
+    "mbart": replace(_BART_ROW, decoder_wraps=True),
+    "megatron-bert": _BERT,
+    "mistral": _DECODER,
+    "modernbert": Family((_MODERNBERT,), plain_attention=True, per_layer=("layer_types",), first_layer_stays=True),
+    "mpnet": replace(_BERT, stacks=(_MPNET,), positions="after padding"),
+    "mt5": _T5_ROW,
+    "qwen2": _DECODER,
+    "qwen3": _DECODER,
+    "rembert": _BERT,
     "roberta": _OFFSET,
     "roberta-prelayernorm": _OFFSET,
-    "roc_bert": _ENCODER,
+    "roc_bert": _BERT,
+    "t5": _T5_ROW,
     "xlm-roberta": _OFFSET,
     "xlm-roberta-xl": _OFFSET,
+    "xlnet": Family(
+        (_XLNET,),
+        hidden="d_model",
+        positions="relative",
+        pooled="last",
+        cannot=dict.fromkeys(("heads", "attention"), "query, key, value and output are bare parameters"),
+    ),
 }
 """Rows by `model_type`."""
-SHRUNK = "cannot be shrunk"
 
 
 def family_of(model_type: str | None) -> Family:
@@ -71,22 +302,40 @@ def family_of(model_type: str | None) -> Family:
     return FAMILIES.get(model_type or "", UNKNOWN)
 
 
-def can_be_shrunk(model_type: str | None) -> bool:
-    """Says whether layers, heads and neurons can be taken from models of this type."""
-    return family_of(model_type).layers is not None
-
-
-def family_with_layers(model: Any) -> Family:
-    """Returns the row of a model of which it is known where its layers lie.
+def require(model_type: str | None, operation: str) -> Family:
+    """Returns the row of an architecture that can do what is asked.
 
     Raises:
-        UserError: there is none.
+        UserError: it cannot; the message says why.
     """
-    family = family_of(model.config.model_type)
-    if family.layers is None:
-        known = ", ".join(name for name, row in FAMILIES.items() if row.layers)
-        raise UserError(f"models of type '{model.config.model_type}' {SHRUNK}: where their layers lie is known for {known}")
+    family = family_of(model_type)
+    reason = family.why_not(operation)
+    if reason:
+        raise UserError(f"models of type '{model_type}' {OPERATIONS[operation]}: {reason}")
     return family
+
+
+def stack_sizes(config: Mapping[str, Any]) -> list[int]:
+    """Returns how many layers each stack of a model has, from its config.json; empty where that is not known.
+
+    Where layers are shared that is the number of passes.
+    """
+    counts = [config.get(stack.count) for stack in family_of(config.get("model_type")).stacks]
+    # transformers counts the layers of a decoder like those of its encoder where config.json says nothing.
+    counts = [counts[0] if count is None else count for count in counts]
+    return [] if None in counts else counts  # type: ignore[return-value]
+
+
+def trained_layers(config: Mapping[str, Any], sizes: list[int]) -> int:
+    """Returns how many layers a model has that can be trained apart, given the sizes of its stacks."""
+    shared = family_of(config.get("model_type")).shared_layers
+    return config.get(shared, 1) if shared else sum(sizes)
+
+
+def check_kept(model_type: str | None, kept: list[int]) -> None:
+    """Raises UserError unless these layers can be all that is left of a stack."""
+    if family_of(model_type).first_layer_stays and kept[0] != 0:
+        raise UserError(f"layer 0 of models of type '{model_type}' is unlike the others: keep it, as the first")
 
 
 def family_for_packing(model_type: str) -> Family:

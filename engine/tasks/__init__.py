@@ -22,6 +22,7 @@ from engine.answers import MODEL, Row, answering
 from engine.config import Strict
 from engine.data.cells import Cell
 from engine.errors import UserError
+from engine.models import TOKEN_INPUTS
 from engine.models.facts import class_names, token_rules
 from engine.registry import Registry
 
@@ -187,8 +188,7 @@ class Task(abc.ABC):
     @property
     def inputs(self) -> list[str]:
         """Names of the model's inputs, in order."""
-        names = ["input_ids", "attention_mask", "token_type_ids"]
-        return [name for name in names if name in self.tokenizer.model_input_names]
+        return [name for name in TOKEN_INPUTS if name in self.tokenizer.model_input_names]
 
     outputs: list[str]
     """Names of the tensors that `named` gives."""
@@ -320,7 +320,7 @@ def task_of_model(config: TaskConfig, model: Path | str, max_length: int) -> Tas
 
 
 def with_tokenizer_of(task: Task, model: Path | str) -> Task:
-    """Returns the task as another model reads it: the same task where the tokenizers are the same.
+    """Returns the task as another model reads it: the same task where its tokens and its inputs are the same.
 
     Raises:
         UserError: the model's positions do not reach max_length, or it has no tokenizer.
@@ -329,9 +329,8 @@ def with_tokenizer_of(task: Task, model: Path | str) -> Task:
 
     tokenizer = load_tokenizer(model)
     check_length(task.max_length, read_config(model), "max_length", model)
-    if reads_alike(tokenizer, task.tokenizer):
-        return task
-    return type(task)(task.config, task.facts, tokenizer, task.max_length)
+    own = type(task)(task.config, task.facts, tokenizer, task.max_length)
+    return task if own.inputs == task.inputs and reads_alike(tokenizer, task.tokenizer) else own
 
 
 def reads_alike(one: Any, other: Any) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import field_validator
 
 from engine.answers import Row
-from engine.answers._texts import OUTPUT, identity, texts_of
+from engine.answers._texts import NO_TOKEN, OUTPUT, identity, texts_of
 from engine.data.cells import Cell, CellError, text_cell
 from engine.data.sources import PlacedRow, placed
 from engine.errors import UserError, did_you_mean
@@ -131,6 +131,9 @@ class TextTask(Task):
             for row, encoding in zip(chunk, self.answers.encode(chunk), strict=True):
                 self.truncated += bool(encoding.overflowing)
                 real = np.flatnonzero(encoding.attention_mask)
+                with placed(row):
+                    if not len(real):
+                        raise UserError(NO_TOKEN)
                 part = slice(real[0], real[-1] + 1)
                 examples.append(
                     {

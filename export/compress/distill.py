@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from engine.distributed import Batch, Processes
 
 OTHER_TOKENS = "it has another tokenizer than its teacher: their tokens cannot be matched: set hidden and attention to 0"
+OTHER_WIDTH = "student and teacher have other numbers of features: their hidden states cannot be compared: set hidden to 0"
 TEACHER = "teacher_"
 """Prefix of the teacher's outputs in a batch."""
 
@@ -103,6 +104,13 @@ def layers_to_keep(keep: int | list[int], layers: int) -> list[int]:
     return chosen
 
 
+def shorten(model: Any, keep: int | list[int]) -> None:
+    """Leaves a model so many layers of every stack that it has, in place; see `layers_to_keep`."""
+    from engine.models.structure import keep_layers, sizes_of
+
+    keep_layers(model, *(layers_to_keep(keep, layers) for layers in sizes_of(model)))
+
+
 def sentences_of(text: str) -> list[str]:
     """Cuts a text at sentence ends and line breaks (HTML ones too); order kept."""
     parts = re.split(r"(?:<br\s*/?>)+|\n+|(?<=[.!?])\s+", text)
@@ -146,17 +154,18 @@ class DistillationLoss:
         config: weights and temperature.
         task: computes outputs and what a student imitates of them.
         teacher: needed only when layers are matched; the batch brings its outputs as `teacher_<name>`.
+        taught: the task as the teacher does it, where it takes other inputs.
     """
 
-    def __init__(self, config: DistillConfig, task: Task, teacher: torch.nn.Module | None) -> None:
-        self.config, self.task, self.teacher = config, task, teacher
+    def __init__(self, config: DistillConfig, task: Task, teacher: torch.nn.Module | None, taught: Task | None = None) -> None:
+        self.config, self.task, self.teacher, self.taught = config, task, teacher, taught or task
 
     def __call__(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (sum, count), two scalars."""
         import torch
 
         config, sizes_B = self.config, self.task.sizes(batch)
-        output = self._forward(model, batch)
+        output = self._forward(self.task, model, batch)
         outputs = self.task.named(output)
         own = self.task.lesson(outputs, batch, config.temperature)
         teacher = {name: batch[f"{TEACHER}{name}"] for name in own}
@@ -164,18 +173,34 @@ class DistillationLoss:
         total = total + config.hard * self.task.loss_of(outputs, batch)[0]
         if self.teacher is not None:
             with torch.no_grad():
-                target = self._forward(self.teacher, batch)
+                target = self._forward(self.taught, self.teacher, batch)
             if config.hidden:
-                pairs = matched(output.hidden_states[1:], target.hidden_states[1:])
+                pairs = matched(layers_in(output, "hidden_states")[1:], layers_in(target, "hidden_states")[1:])
                 total = total + config.hidden * token_mse(pairs, batch["attention_mask"], sizes_B)
             if config.attention:
-                maps = [(own.mean(dim=1), other.mean(dim=1)) for own, other in matched(output.attentions, target.attentions)]
+                pairs = matched(layers_in(output, "attentions"), layers_in(target, "attentions"))
+                maps = [(own.mean(dim=1), other.mean(dim=1)) for own, other in pairs]
                 total = total + config.attention * token_mse(maps, batch["attention_mask"], sizes_B)
         return total, sizes_B.sum()
 
-    def _forward(self, model: torch.nn.Module, batch: Batch) -> Any:
-        matching = self.teacher is not None
-        return self.task.forward(model, batch, output_hidden_states=matching, output_attentions=matching)
+    def _forward(self, task: Task, model: torch.nn.Module, batch: Batch) -> Any:
+        if self.teacher is None:
+            return task.forward(model, batch)
+        hidden, attention = self.config.hidden > 0, self.config.attention > 0
+        return task.forward(model, batch, output_hidden_states=hidden, output_attentions=attention)
+
+
+def layers_in(output: Any, name: str) -> tuple[Any, ...]:
+    """Returns what a forward pass says of each layer.
+
+    Raises:
+        UserError: the architecture says nothing.
+    """
+    found = getattr(output, name, None)
+    if not found or any(layer is None for layer in found):
+        key = "hidden" if name == "hidden_states" else "attention"
+        raise UserError(f"this architecture gives no {name.replace('_', ' ')} of its layers: set {key} to 0")
+    return tuple(found)
 
 
 def matched(own: tuple[Any, ...], teacher: tuple[Any, ...]) -> list[tuple[Any, Any]]:
@@ -254,9 +279,8 @@ def run(stage: Stage[DistillConfig]) -> None:
     from engine.loop import Fit
     from engine.models import set_dropout
     from engine.models.fitting import load_finished, load_fitting
-    from engine.models.structure import keep_layers
     from engine.randomness import torch_seed
-    from engine.tasks import task_of_model, with_tokenizer_of
+    from engine.tasks import reads_alike, task_of_model, with_tokenizer_of
 
     started = time.monotonic()
     # Fused attention kernels do not give their maps away.
@@ -266,7 +290,7 @@ def run(stage: Stage[DistillConfig]) -> None:
     student_path = stage.recipe.find_model(config.student.model) if config.student.model else teacher_path
     # The classes are the teacher's, in its order; each of the two reads with its own tokenizer.
     task = with_tokenizer_of(taught, student_path)
-    if task is not taught and (task.aligned or config.hidden or config.attention):
+    if (task.aligned or config.hidden or config.attention) and not reads_alike(task.tokenizer, taught.tokenizer):
         where = f"stages.{stage.name}.{stage.kind}.student.model"
         raise stage.recipe.error(where, f"{where}: {OTHER_TOKENS}")
     processes = Processes(config, stage.recipe, stage.partial)
@@ -288,7 +312,10 @@ def run(stage: Stage[DistillConfig]) -> None:
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
     student, changes = load_fitting(student_path, task, attention)
     if config.student.layers is not None:
-        keep_layers(student, layers_to_keep(config.student.layers, student.config.num_hidden_layers))
+        shorten(student, config.student.layers)
+    if config.hidden and student.config.hidden_size != teacher.config.hidden_size:
+        where = f"stages.{stage.name}.{stage.kind}.hidden"
+        raise stage.recipe.error(where, f"{where}: {OTHER_WIDTH}")
     if config.train.dropout is not None:
         set_dropout(student, config.train.dropout)
     said_in = shared / f"teacher-{processes.precision}-{config.temperature:g}"
@@ -296,7 +323,7 @@ def run(stage: Stage[DistillConfig]) -> None:
     matching = teacher.to(processes.device) if config.hidden or config.attention else None
     batches = LabelledBatches(data.examples["train"], task, config.train.batch_size, stage.seed, said)
     judge = judge_of(data)
-    loss = DistillationLoss(config, task, matching)
+    loss = DistillationLoss(config, task, matching, taught)
     fit = Fit(processes, student, loss, batches, judge, saver(student, task.tokenizer), stage.partial, stage.name, stage.seed)
     for note in [f"{processes.describe}; {data.describe}; {data.more:,} transfer texts", *data.notes]:
         fit.tracker.say(note)

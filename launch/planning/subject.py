@@ -89,7 +89,7 @@ def _fine_tuned(recipe: Recipe, reference: ModelRef, head: str, attention: str, 
     unfinished = reference in recipe.stages and read_stage(recipe.directory(reference)) is None
     if not unfinished:
         path = recipe.find_model(reference)
-        return lambda: load_model(path, head, attention=attention, random=True)
+        return lambda: _padding(load_model(path, head, attention=attention, random=True))
     kind, _ = recipe.stages[reference]
     config: Any = recipe.section(reference, KINDS[kind].config)
     if kind == "pretrain":
@@ -103,13 +103,19 @@ def _fine_tuned(recipe: Recipe, reference: ModelRef, head: str, attention: str, 
     return build
 
 
+def _padding(model: Any) -> Any:
+    """Returns a model that takes several rows: one without a padding token gets its tokenizer's when the stage starts."""
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = 0
+    return model
+
+
 def _with_layers(build: Build, layers: int | list[int]) -> Build:
-    from engine.models.structure import keep_layers
-    from export.compress.distill import layers_to_keep
+    from export.compress.distill import shorten
 
     def smaller() -> Any:
         model = build()
-        keep_layers(model, layers_to_keep(layers, model.config.num_hidden_layers))
+        shorten(model, layers)
         return model
 
     return smaller

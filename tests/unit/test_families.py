@@ -1,86 +1,93 @@
-"""The family table: what a row says is so, and an architecture without one is told in one line."""
+"""The family table: what a row says is so, the docs say the same, and an architecture without one is told in one line."""
+
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from engine.errors import UserError
-from engine.models import ScratchConfig, positions_of, set_dropout
-from engine.models.families import FAMILIES, family_of
-from engine.models.structure import encoder_layers, keep_layers, shrink
+from engine.models import ScratchConfig, positions_of
+from engine.models.families import FAMILIES, OPERATIONS, family_of
+from engine.models.structure import layers_of
+from tests.families import ENCODER, UNKNOWN, config_of, tokenizer_of
 
-SHAPE = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "embedding_size": 32,
-    "input_embedding_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "max_position_embeddings": 20,
-}
+COLUMNS = ("classes", "layers", "heads", "neurons", "attention", "ffn", "embeddings", "maps")
 IDS = torch.tensor([[2, 10, 11, 12, 3]])
 
 
-def tiny(model_type, auto=AutoModelForSequenceClassification):
+def body(family):
     torch.manual_seed(0)
-    return auto.from_config(AutoConfig.for_model(model_type, **SHAPE), attn_implementation="eager").eval()
+    return AutoModel.from_config(config_of(family, tokenizer_of(family)), attn_implementation="eager").eval()
 
 
-def logits(model, ids=IDS):
+def hidden(model, ids):
+    decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), **decoder)[0]
 
 
-@pytest.mark.parametrize("model_type", [name for name, row in FAMILIES.items() if row.layers])
-def test_layers_heads_and_neurons_lie_where_the_row_says(model_type):
-    model = tiny(model_type)
-    assert [(layer.heads, layer.neurons) for layer in encoder_layers(model)] == [(4, 64)] * 3
-    whole = logits(model)
-    keep_layers(model, [0, 2])
-    shrink(model, [[0, 3], [1]], [range(40), range(30)])
-    assert [(layer.heads, layer.neurons) for layer in encoder_layers(model)] == [(2, 40), (1, 30)]
-    assert model.config.num_hidden_layers == 2
-    assert logits(model).shape == whole.shape and not torch.equal(logits(model), whole)
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.stacks])
+def test_layers_heads_and_neurons_lie_where_the_row_says(family):
+    layers, row = layers_of(body(family)), family_of(family)
+    expected = 1 if row.shared_layers else 3 * len(row.stacks)
+    assert [layer.neurons for layer in layers] == [64] * expected
+    assert [layer.heads for layer in layers] == [0 if row.why_not("heads") else 4] * expected
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_the_longest_text_that_the_row_allows_fits_and_no_longer_one(model_type):
-    model = tiny(model_type)
+BOUND = [name for name, row in FAMILIES.items() if row.positions != "relative" and not row.per_layer and row.stacks]
+BOUND = [name for name in BOUND if not name.startswith("deberta")]  # bounded by what they were trained on, not by a table
+
+
+@pytest.mark.parametrize("family", BOUND)
+def test_the_longest_text_that_the_row_allows_fits_and_no_longer_one(family):
+    model = body(family)
     positions = positions_of(model.config.to_dict())
-    logits(model, torch.full((1, positions), 7))
+    hidden(model, torch.full((1, positions), 7))
     with pytest.raises((IndexError, RuntimeError)):
-        logits(model, torch.full((1, positions + 1), 7))
+        hidden(model, torch.full((1, positions + 1), 7))
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_no_dropout_is_left_in_the_configuration(model_type):
-    model = tiny(model_type)
-    set_dropout(model, 0.0)
-    assert {key: value for key, value in model.config.to_dict().items() if "dropout" in key and value} == {}
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.positions == "relative"])
+def test_no_text_is_too_long_for_relative_positions(family):
+    model = body(family)
+    assert positions_of(model.config.to_dict()) is None
+    hidden(model, torch.full((1, 100), 7))
 
 
-@pytest.mark.parametrize("model_type", [name for name, row in FAMILIES.items() if row.packed])
-def test_packed_documents_do_not_see_each_other(model_type):
+@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.packed])
+def test_packed_documents_do_not_see_each_other(family):
     from engine.models.attention import packed_mask
 
-    model = tiny(model_type, AutoModelForMaskedLM)
+    torch.manual_seed(0)
+    shape = AutoConfig.for_model(family, vocab_size=64, **ENCODER)
+    model = AutoModelForMaskedLM.from_config(shape, attn_implementation="eager").eval()
     segments, positions = torch.tensor([[1, 1, 1, 2, 2]]), torch.tensor([[0, 1, 2, 0, 1]])
 
-    def hidden(ids):
+    def packed(ids):
         mask = packed_mask(segments, model.dtype)
         with torch.no_grad():
             return model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask)[0]
 
     other = IDS.clone()
     other[0, :3] = 20
-    torch.testing.assert_close(hidden(IDS)[0, 3:], hidden(other)[0, 3:])
-    assert model.get_submodule(family_of(model_type).vocabulary_head)(hidden(IDS)).shape == (1, 5, 64)
+    torch.testing.assert_close(packed(IDS)[0, 3:], packed(other)[0, 3:])
+    assert model.get_submodule(family_of(family).vocabulary_head)(packed(IDS)).shape == (1, 5, 64)
 
 
 def test_an_architecture_without_a_row_is_one_line():
-    model = tiny("mpnet")
-    with pytest.raises(UserError, match="models of type 'mpnet' cannot be shrunk: where their layers lie is known for bert, "):
-        encoder_layers(model)
+    with pytest.raises(UserError, match=f"models of type '{UNKNOWN}' cannot be given fewer layers: where .* is not known"):
+        layers_of(body(UNKNOWN))
     with pytest.raises(ValueError, match="models of type 'gpt2' take no packed rows: pretraining builds bert"):
         ScratchConfig(family="gpt2")
+
+
+def test_the_table_of_the_docs_is_that_of_the_rows():
+    lines = (Path(__file__).parents[2] / "docs" / "models.md").read_text().splitlines()
+    written = {line.split("`")[1]: line for line in lines if line.startswith("| `")}
+    rows = {
+        name: " | ".join([f"| `{name}`", *("no" if row.why_not(column) else "yes" for column in COLUMNS)]) + " |"
+        for name, row in FAMILIES.items()
+    }
+    assert {name: line for name, line in written.items() if name in FAMILIES} == rows
+    assert set(COLUMNS) == set(OPERATIONS)

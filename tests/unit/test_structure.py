@@ -7,7 +7,7 @@ import torch
 from engine.errors import UserError
 from engine.models import load_model, size_of
 from engine.models.families import STRUCTURE_KEY
-from engine.models.structure import encoder_layers, keep_layers, shrink
+from engine.models.structure import keep_layers, layers_of, shrink
 from export.compress.prune import PruneConfig, importance, strongest
 from tests.recipes import finetune_section, ragged_rows, run_here, write_model, write_recipe
 from tests.unit.models import classification_task, tiny_classifier
@@ -24,7 +24,7 @@ def logits(model):
 def test_shrinking_equals_silencing_the_outputs_of_what_was_removed():
     silenced, shrunk = tiny_classifier(), tiny_classifier()
     heads, neurons = [[0, 3], [1, 2]], [[1, 5, 9], [60, 61, 63]]
-    for layer, kept_heads, kept_neurons in zip(encoder_layers(silenced), heads, neurons, strict=True):
+    for layer, kept_heads, kept_neurons in zip(layers_of(silenced), heads, neurons, strict=True):
         with torch.no_grad():
             columns = layer.part("output").weight.unflatten(1, (4, 8))
             columns[:, [head for head in range(4) if head not in kept_heads]] = 0
@@ -32,8 +32,8 @@ def test_shrinking_equals_silencing_the_outputs_of_what_was_removed():
     shrink(shrunk, heads, neurons)
     torch.testing.assert_close(logits(shrunk), logits(silenced))
     assert size_of(shrunk)["parameters"] < size_of(silenced)["parameters"]
-    assert encoder_layers(shrunk)[0].attention.query.weight.shape == (16, 32)
-    assert encoder_layers(shrunk)[1].part("up").weight.shape == (3, 32)
+    assert layers_of(shrunk)[0].part("query").weight.shape == (16, 32)
+    assert layers_of(shrunk)[1].part("up").weight.shape == (3, 32)
 
 
 def test_a_shrunk_model_survives_saving_and_loading_and_shrinks_again(tmp_path):
@@ -70,13 +70,13 @@ def test_a_head_and_a_neuron_without_effect_are_the_least_important(tmp_path):
     task = classification_task(tmp_path)
     model = tiny_classifier(initializer_range=0.2)
     with torch.no_grad():
-        for layer in encoder_layers(model):
+        for layer in layers_of(model):
             layer.part("output").weight[:, 8:16] = 0  # head 1
             layer.part("down").weight[:, 17] = 0
     examples = task.encode([{**row, "label": str(row["label"])} for row in ragged_rows(50)])
     heads, neurons = importance(model, task, examples)
-    assert (heads.argmin(dim=1) == 1).all() and (heads[:, 1] == 0).all()
-    assert (neurons[:, 17] == 0).all() and (neurons.sum(dim=1) > 0).all()
+    assert all(layer.argmin() == 1 and layer[1] == 0 for layer in heads)
+    assert all(layer[17] == 0 and layer.sum() > 0 for layer in neurons)
     assert all(1 not in kept for kept in strongest(heads, 3, "heads"))
     assert not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
@@ -87,13 +87,13 @@ def test_importance_is_the_first_order_change_of_the_loss(tmp_path):
     examples = task.encode([{"text": "a good film", "label": "1"}])
     _, neurons = importance(model, task, examples)
     batch, step = task.collate(examples), 1e-3
-    layer = encoder_layers(model)[1]
+    layer = layers_of(model)[1]
     chosen = int(neurons[1].argmax())
     with torch.no_grad():
         before, _ = task.loss(model, batch)
         layer.part("down").weight[:, chosen] *= 1 - step
         after, _ = task.loss(model, batch)
-    assert float(neurons[1, chosen]) == pytest.approx(abs(float(after - before)) / step, rel=0.05)
+    assert float(neurons[1][chosen]) == pytest.approx(abs(float(after - before)) / step, rel=0.05)
 
 
 def test_more_heads_than_there_are_is_refused():
@@ -114,7 +114,7 @@ def test_the_prune_stage_hands_on_a_smaller_model_with_its_scores(tmp_path):
     stage = run_here(recipe, "slim", tmp_path / "runs")
     record = (stage.directory / "stage.json").read_text()
     assert '"test"' in record and '"kept"' in record
-    layers = encoder_layers(load_model(stage.directory, "AutoModelForSequenceClassification"))
+    layers = layers_of(load_model(stage.directory, "AutoModelForSequenceClassification"))
     assert [(layer.heads, layer.neurons) for layer in layers] == [(2, 16), (2, 16)]
     assert len((stage.directory / "predictions.jsonl").read_text().splitlines()) > 0
     assert np.isfinite(size_of(load_model(stage.directory, "AutoModelForSequenceClassification"))["weight_bytes"])
