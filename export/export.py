@@ -272,6 +272,8 @@ def run(stage: Stage[ExportConfig]) -> None:
     if config.baseline is not None:
         baseline = Path(stage.recipe.find_model(config.baseline))
         comparison |= compare(config, baseline, task, rows, evaluate_engine(engine, answers, rows)[1], size)
+    tokenizer = stage.partial / "tokenizer"
+    task.tokenizer.save_pretrained(tokenizer)  # a model may come without tokenizer.json, which a bundle needs
     golden = golden_rows(answers, rows)
     write_bundle(
         stage.output,
@@ -280,7 +282,7 @@ def run(stage: Stage[ExportConfig]) -> None:
         facts=answers.facts,
         max_length=config.max_length,
         max_batch=config.max_batch,
-        tokenizer=Path(path),
+        tokenizer=tokenizer,
         engines=engines,
         weights=source.weights,
         golden=golden,

@@ -20,7 +20,8 @@ from export.compress.quantize import (
     tensorrt_form,
     watch_activations,
 )
-from export.engines.graph import export_onnx, initializers, merge_projections, weight_bytes, weight_matmuls
+from export.engines.einsum import einsums_to_products, linear_map
+from export.engines.graph import drop_unused, export_onnx, initializers, merge_projections, weight_bytes, weight_matmuls
 from export.engines.ort import OrtEngine, session
 from export.engines.parity import ParityGates, check_parity, observe, run_of
 from tests.recipes import ragged_rows
@@ -145,8 +146,8 @@ def test_weights_are_rounded_by_at_most_half_a_step_per_channel(merged, quantize
     constants = initializers(quantized)
     for node, weight in weight_matmuls(merged):
         values, scale = (onnx.numpy_helper.to_array(constants[f"{node.input[1]}_{kind}"]) for kind in ("int8", "scale"))
-        if f"{node.name}_smoothing" in constants:
-            weight = weight / onnx.numpy_helper.to_array(constants[f"{node.name}_smoothing"])[:, None]
+        if f"{node.input[1]}_smoothing" in constants:
+            weight = weight / onnx.numpy_helper.to_array(constants[f"{node.input[1]}_smoothing"])[:, None]
         assert np.abs(values * scale - weight).max(axis=0) == pytest.approx(0, abs=float(scale.max() / 2) + 1e-7)
         full, _ = quantize_weight(weight, "8bit")
         assert (np.abs(full).max(axis=0) == 127).all(), "the whole range is used"
@@ -220,6 +221,66 @@ def test_an_input_that_is_always_0_or_never_used_moves_nothing_to_infinity():
     activation.sample_SI[:, 5] = activation.largest_I[5] = 0
     weight[7] = 0
     assert np.isfinite(smoothing(activation, weight, "portable")).all()
+
+
+def test_a_product_that_rounding_would_make_noise_stays_float():
+    rng = np.random.default_rng(0)
+    sample, weight = rng.standard_normal((256, 16)).astype(np.float32), rng.standard_normal((16, 8)).astype(np.float32)
+    seen = Activation(np.abs(sample).max(axis=0), sample)
+    assert quantize_matmuls(one_product(weight), {"x": seen}) == {}
+    sample[0] *= 1000  # a token far larger than the others: one scale for all of them leaves nothing of the rest
+    model, seen = one_product(weight), Activation(np.abs(sample).max(axis=0), sample)
+    (noise,) = quantize_matmuls(model, {"x": seen}).values()
+    assert noise > 0.9
+    np.testing.assert_allclose(
+        session(model.SerializeToString()).run(["y"], {"x": sample})[0], sample @ weight, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes"),
+    [("ibh,hnd->ibnd", [(2, 3, 8), (8, 4, 5)]), ("ibnd,hnd->ibh", [(2, 3, 4, 5), (8, 4, 5)]), ("ab,cb->ac", [(2, 3), (4, 3)])],
+)
+def test_an_einsum_that_is_a_linear_map_becomes_the_product_that_gives_the_same(equation, shapes):
+    rng = np.random.default_rng(0)
+    x, weight = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    model = one_product(weight.reshape(len(weight), -1))
+    model.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weight, "w"))
+    node = model.graph.node[0]
+    changed = onnx.helper.make_node("Einsum", list(node.input), list(node.output), name="einsum", equation=equation)
+    model.graph.node.remove(node)
+    model.graph.node.append(changed)
+    for value, rank in ((model.graph.input[0], x.ndim), (model.graph.output[0], len(equation.partition("->")[2]))):
+        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, TensorProto.FLOAT, [None] * rank))
+    assert einsums_to_products(model) == 1
+    drop_unused(model)
+    onnx.checker.check_model(model)
+    assert [weight.ndim for _, weight in weight_matmuls(model)] == [2]
+    given = session(model.SerializeToString()).run(None, {model.graph.input[0].name: x})[0]
+    np.testing.assert_allclose(given, np.einsum(equation, x, weight), rtol=1e-4, atol=1e-4)
+
+
+def test_other_einsums_stay():
+    assert all(
+        linear_map(equation) is None for equation in ("ibnd,jbnd->bnij", "ibnd,snd->ibns", "ijbs,ibns->bnij", "ibh,hnd->bind")
+    )
+
+
+def test_layers_that_share_a_weight_share_its_int8_form():
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((16, 16)).astype(np.float32)
+    model = one_product(weight)
+    node = model.graph.node[0]
+    again = onnx.helper.make_node("MatMul", [node.output[0], node.input[1]], ["z"], name="again")
+    model.graph.node.append(again)
+    model.graph.output.append(onnx.helper.make_tensor_value_info("z", TensorProto.FLOAT, None))
+    x = rng.standard_normal((64, 16)).astype(np.float32)
+    seen = {name: Activation(np.abs(values).max(axis=0), values) for name, values in (("x", x), (node.output[0], x @ weight))}
+    quantize_matmuls(model, seen)
+    assert len(initializers(model)) == len(model.graph.initializer)
+    assert [tuple(t.dims) for t in model.graph.initializer if t.data_type == TensorProto.INT8 and len(t.dims) == 2] == [(16, 16)]
+    given = session(model.SerializeToString()).run(["z"], {"x": x})[0]
+    assert np.abs(given - x @ weight @ weight).max() < 0.1 * np.ptp(x @ weight @ weight)
 
 
 def test_a_file_that_is_no_model_is_refused_in_one_line(tmp_path):
