@@ -20,6 +20,7 @@ from engine.stage import Stage
 from engine.tasks import task_class
 from engine.zero import read_zero_config, zero_config_of
 from export.compress.distill import OTHER_TOKENS
+from launch.check_families import check_families, origin_of
 from launch.check_models import check_models
 from launch.local import fewer_processes, process_count
 from launch.nodes.place import Place
@@ -59,6 +60,7 @@ def check_recipe(
         for key, reference in references(stage.config):
             recipe.find(reference, f"stages.{stage.name}.{stage.kind}.{key}")
         notes = check_models(stage, _check_data(stage, looked_at, tell))
+        check_families(recipe, stage)
         _check_length(recipe, stage)
         _check_tokens(recipe, stage)
         does = _training(stage, place) if KINDS[stage.kind].trains else f"reads {', '.join(_read(stage))}"
@@ -128,7 +130,7 @@ def _check_length(recipe: Recipe, stage: Stage[Any]) -> None:
 
 def _positions(recipe: Recipe, reference: ModelRef) -> int | None:
     """Returns how many tokens a model takes, through the stages that lead to it; None when that is not known yet."""
-    origin = _origin(recipe, reference)
+    origin = origin_of(recipe, reference)
     if isinstance(origin, Path):
         return positions_of(ModelFiles(origin).config)
     return origin.model.positions if isinstance(origin, PretrainConfig) else None
@@ -139,22 +141,11 @@ def _check_tokens(recipe: Recipe, stage: Stage[Any]) -> None:
     student = stage.config.student.model if stage.kind == "distill" else None
     if student is None or not (stage.config.hidden or stage.config.attention or task_class(stage.config.task).aligned):
         return
-    origins = [_origin(recipe, reference) for reference in (stage.config.teacher, student)]
+    origins = [origin_of(recipe, reference) for reference in (stage.config.teacher, student)]
     tokens = [ModelFiles(origin).tokens for origin in origins if isinstance(origin, Path)]
     if len(tokens) == 2 and None not in tokens and tokens[0] != tokens[1]:
         where = f"stages.{stage.name}.{stage.kind}.student.model"
         raise recipe.error(where, f"{where}: {OTHER_TOKENS}")
-
-
-def _origin(recipe: Recipe, reference: ModelRef) -> Path | PretrainConfig | str:
-    """Returns where a model comes from, through the stages that lead to it: a directory, a pretraining or a hub id."""
-    if reference not in recipe.stages:
-        return recipe.find_model(reference)
-    kind = recipe.stages[reference][0]
-    config: Any = recipe.section(reference, KINDS[kind].config)
-    if kind == "pretrain":
-        return config
-    return _origin(recipe, (config.student.model or config.teacher) if kind == "distill" else config.model)
 
 
 def _training(stage: Stage[Any], place: Place | None) -> str:
