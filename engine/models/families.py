@@ -268,7 +268,7 @@ FAMILIES = {
     "ernie": _BERT,
     "fnet": Family(cannot={"classes": "they take no attention mask, so that an answer would depend on padding"}),
     "gpt2": Family((_GPT2,), plain_attention=True, token_types=False, hidden="n_embd"),
-    "layoutlm": _BERT,
+    "layoutlm": replace(_BERT, additive_mask=False),
     "llama": _DECODER,
     "marian": replace(_BART_ROW, cannot={**_SHARED_TABLE, "classes": "transformers has no head of classes for them"}),
     "mbart": replace(_BART_ROW, decoder_wraps=True),

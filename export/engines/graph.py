@@ -103,10 +103,10 @@ def export_onnx(model: Any, graph: Graph) -> onnx.ModelProto:
 
 
 def _cause(error: BaseException) -> str:
-    """Returns the first line of what began an error."""
+    """Returns the first two lines of what began an error."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return " ".join(str(error).split("\n")[:2]) or type(error).__name__
 
 
 def _linear_only(model: Any) -> None:

@@ -10,6 +10,8 @@ from engine.errors import UserError
 from engine.models import ScratchConfig, positions_of
 from engine.models.families import FAMILIES, OPERATIONS, family_of
 from engine.models.structure import layers_of
+from engine.tasks import Graph
+from export.engines.graph import export_onnx
 from tests.families import ENCODER, UNKNOWN, config_of, tokenizer_of
 
 COLUMNS = ("classes", "layers", "heads", "neurons", "attention", "ffn", "embeddings", "maps")
@@ -91,3 +93,14 @@ def test_the_table_of_the_docs_is_that_of_the_rows():
     }
     assert {name: line for name, line in written.items() if name in FAMILIES} == rows
     assert set(COLUMNS) == set(OPERATIONS)
+
+
+def test_what_the_tracer_cannot_follow_is_one_line():
+    model = body("bert")
+
+    def forward(model, batch):
+        return {"count": batch["input_ids"].sum() if batch["input_ids"].sum() > 3 else batch["input_ids"].max()}
+
+    with pytest.raises(UserError, match="models of type 'bert' cannot be traced to ONNX: ") as error:
+        export_onnx(model, Graph(["input_ids"], ["count"], forward))
+    assert "\n" not in str(error.value)
