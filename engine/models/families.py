@@ -266,7 +266,7 @@ FAMILIES = {
     "distilbert": replace(_BERT, stacks=(_DISTIL,), hidden="dim"),
     "electra": _BERT,
     "ernie": _BERT,
-    "fnet": Family(cannot={"classes": "they take no attention mask, so that an answer would depend on padding"}),
+    "fnet": Family(cannot=dict.fromkeys(OPERATIONS, "they take no attention mask, so that an answer would depend on padding")),
     "gpt2": Family((_GPT2,), plain_attention=True, token_types=False, hidden="n_embd"),
     "layoutlm": replace(_BERT, additive_mask=False),
     "llama": _DECODER,
