@@ -158,7 +158,7 @@ def lessons_of(
             given = task.lesson(task.named(task.forward(model, batch)), batch, temperature)
             if index >= len(batches):
                 continue
-            arrays, sizes = {name: tensor.cpu().numpy() for name, tensor in given.items()}, task.sizes(batch).int().tolist()
+            arrays, sizes = {name: tensor.cpu().numpy() for name, tensor in given.items()}, task.places(batch).int().tolist()
             for place, row in enumerate(chosen.tolist()):
                 part = (place, slice(sizes[place])) if task.aligned else place
                 found[row] = {name: array[part] for name, array in arrays.items()}

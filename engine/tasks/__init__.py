@@ -225,6 +225,10 @@ class Task(abc.ABC):
 
         return torch.ones(len(batch["input_ids"]), device=batch["input_ids"].device)
 
+    def places(self, batch: Batch) -> torch.Tensor:
+        """Returns how many places the `lesson` of each row has where the task is `aligned`, shape (B,); by default its size."""
+        return self.sizes(batch)
+
     def forward(self, model: Any, batch: Batch, **options: Any) -> Any:
         """Returns what the model returns."""
         return model(**{name: batch[name] for name in self.inputs}, **options)
@@ -262,8 +266,7 @@ class Task(abc.ABC):
     def lesson(self, outputs: Batch, batch: Batch, temperature: float) -> Batch:
         """Returns what a student imitates, float32, from the outputs of a teacher, and of itself; by default the outputs.
 
-        A task that is `aligned` gives a tensor with a place for each of the things that `sizes` counts, shape (B, T, …), 0 behind
-        them.
+        A task that is `aligned` gives a tensor with so many places a row as `places` says, shape (B, T, …), 0 behind them.
         """
         return outputs
 

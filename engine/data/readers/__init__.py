@@ -22,11 +22,13 @@ from engine.data.readers.jsonl import JsonLines
 from engine.data.readers.label_studio import LabelStudio
 from engine.data.readers.lines import Lines
 from engine.data.readers.parquet import Parquet
+from engine.data.readers.squad import Squad
 from engine.errors import UserError
 
 FORMATS: tuple[type[Layout], ...] = (
     LabelStudio,
     JsonArray,
+    Squad,
     Cluener,
     Doccano,
     JsonLines,

@@ -16,7 +16,7 @@ from engine.errors import UserError
 
 Row = dict[str, Any]
 """Column name to value."""
-FormatName = Literal["jsonl", "json", "csv", "fasttext", "lines", "parquet", "conll", "cluener", "doccano", "label_studio"]
+FormatName = Literal["jsonl", "json", "csv", "fasttext", "lines", "parquet", "conll", "cluener", "doccano", "label_studio", "squad"]
 
 
 class FormatConfig(Strict):
@@ -24,7 +24,7 @@ class FormatConfig(Strict):
 
     format: FormatName | None = None
     """`jsonl`, `json` (one array), `csv` (TSV too), `fasttext`, `lines` (a row a line), `parquet`, `conll` (words and tags in
-    columns), or spans as in `cluener`, `doccano` and `label_studio`; None: by extension and content."""
+    columns), spans as in `cluener`, `doccano` and `label_studio`, or `squad`; None: by extension and content."""
     encoding: str | None = None
     """Of text files, a name that Python knows, as in `cp1252`; None: UTF-8 where the bytes are UTF-8, else UTF-16 or a guess."""
     delimiter: str | None = None

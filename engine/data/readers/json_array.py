@@ -31,13 +31,17 @@ class JsonArray(Layout):
         """The layout in words."""
         return f"one JSON array, {self.head.encoded}"
 
+    def begin(self, text: Text, decoder: json.JSONDecoder) -> None:
+        """Passes over what stands before the first row."""
+        if text.next() != "[":
+            raise self.broken(text.line, "not a JSON array of rows: it must begin with [")
+        text.skip(1)
+
     def rows(self, lines: int | None = None) -> Iterator[tuple[int, Row]]:
         """Yields (line number, row); with `lines`, no more rows than that either: all may stand on one line."""
-        text, line, number = _Text(iter(self.text())), 1, 0
+        text, line, number = Text(iter(self.text())), 1, 0
         decoder = json.JSONDecoder(object_pairs_hook=unique)
-        if text.next() != "[":
-            raise self.broken(1, "not a JSON array of rows: it must begin with [")
-        text.skip(1)
+        self.begin(text, decoder)
         while (sign := text.next()) not in ("]", ""):
             if number:
                 if sign != ",":
@@ -47,14 +51,7 @@ class JsonArray(Layout):
             line, number = text.line, number + 1
             if lines is not None and (line > lines or number > lines):
                 return
-            try:
-                row, end = text.decode(decoder)
-            except DuplicateKeyError as error:
-                raise self.broken(line, str(error)) from None
-            except json.JSONDecodeError as error:
-                raise self.broken(error.lineno, f"not valid JSON: {error.msg}") from None
-            except (ValueError, RecursionError) as error:
-                raise self.broken(line, f"not readable JSON: {error}") from None
+            row, end = self.value(text, decoder)
             problem = problem_of(row, text.written(end))
             if problem:
                 raise self.broken(line, problem)
@@ -63,8 +60,19 @@ class JsonArray(Layout):
         if not sign:
             raise self.broken(text.line, "the array is cut short: its ] is missing")
 
+    def value(self, text: Text, decoder: json.JSONDecoder) -> tuple[Any, int]:
+        """Returns (the value that begins here, its length in characters)."""
+        try:
+            return text.decode(decoder)
+        except DuplicateKeyError as error:
+            raise self.broken(text.line, str(error)) from None
+        except json.JSONDecodeError as error:
+            raise self.broken(error.lineno, f"not valid JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise self.broken(text.line, f"not readable JSON: {error}") from None
 
-class _Text:
+
+class Text:
     """A text that is read as far as it is needed; what was used is forgotten."""
 
     def __init__(self, lines: Iterator[str]) -> None:
