@@ -240,7 +240,8 @@ def plan(
 @app.command(
     epilog='Examples: `bothways predict runs/demo/engine "a fine film"` · `cat texts.txt | bothways predict runs/demo/engine` · '
     "`bothways predict runs/demo/engine --input rows.jsonl --output predictions.jsonl` · "
-    "`bothways predict runs/cola/engine --input test.tsv --output CoLA.tsv --fields index,prediction=label`"
+    "`bothways predict runs/cola/engine --input test.tsv --output CoLA.tsv --fields index,prediction=label` · "
+    '`bothways predict runs/qa/engine "Who wrote it?" --with context=@article.txt`'
 )
 def predict(
     bundle: BundlePath,
@@ -254,6 +255,10 @@ def predict(
     expected: Annotated[int | None, typer.Option("--rows", min=1, help="Refuse a file of another number of rows.")] = None,
     layout: LayoutOption = [],  # noqa: B006
     empty: Annotated[bool, typer.Option("--empty", help="Answer rows with an empty text, too.")] = False,
+    others: Annotated[
+        list[str],
+        typer.Option("--with", metavar="INPUT=TEXT", help="Another input of all texts; @FILE reads it.", show_default=False),
+    ] = [],  # noqa: B006
     as_json: Json = False,
     engine: Engine = None,
     threads: Threads = None,
@@ -264,7 +269,7 @@ def predict(
     from launch.predict import predict as predict_rows
 
     opened = Bundle.open(find_bundle(bundle), engine=engine, threads=threads)
-    options: dict[str, Any] = {"fields": fields, "expected": expected, "layout": layout, "empty": empty}
+    options: dict[str, Any] = {"fields": fields, "expected": expected, "layout": layout, "empty": empty, "others": others}
     predict_rows(opened, texts, source, target, as_json, **options)
 
 

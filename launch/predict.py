@@ -56,6 +56,7 @@ def predict(
     expected: int | None = None,
     layout: Sequence[str] = (),
     empty: bool = False,
+    others: Sequence[str] = (),
 ) -> None:
     """Predicts every row and writes one line for each.
 
@@ -69,6 +70,7 @@ def predict(
         expected: so many rows the file must have.
         layout: `key=value` of how the file is laid out.
         empty: answer rows with an empty text, too.
+        others: `input=text` of the inputs that all of `texts` share, as a context of questions; `input=@file` reads a file.
 
     Raises:
         UserError: a malformed line or a row without text; names file and line.
@@ -77,17 +79,19 @@ def predict(
         raise UserError("give either texts or --input, not both")
     if source is None and (layout or expected is not None):
         raise UserError("--layout and --rows are about a file: give --input")
+    if others and source:
+        raise UserError("--with is for texts: rows of --input have their own columns")
     if fields and as_json:
         raise UserError("--fields writes a table: leave out --json")
     table = Fields(fields, target) if fields else None
     read = functools.partial(_checked, bundle, source, load_section(FormatConfig, pairs(layout, *LAYOUT), "--layout"), empty)
-    first = next(iter(bundle.answers.columns))
+    first, shared = next(iter(bundle.answers.columns)), {} if source else _shared(bundle, others)
     total = sum(1 for _ in read()) if source else len(texts) or None
     if total == 0:
         raise UserError(f"{source}: no rows")
     if expected is not None and total != expected:
         raise UserError(f"{source}: {total:,} rows, and --rows says {expected:,}: this is another file, or a part of it")
-    rows: Iterable[Row] = read() if source else ({first: text} for text in texts or _lines(sys.stdin))
+    rows: Iterable[Row] = read() if source else ({first: text, **shared} for text in texts or _lines(sys.stdin))
     # A person who types wants an answer after every line.
     size = 1 if not texts and not source and sys.stdin.isatty() else CHUNK
     numbers = itertools.count()
@@ -102,6 +106,35 @@ def predict(
                     print(_line(bundle, row, prediction, as_json or target is not None, file), file=file)
             file.flush()
             advance(len(chunk))
+
+
+def _shared(bundle: Bundle, others: Sequence[str]) -> Row:
+    """Returns the inputs that all texts share; a text is the first input of a bundle.
+
+    Raises:
+        UserError: one is missing, or is none of the bundle's.
+    """
+    first, *rest = bundle.answers.columns
+    found: Row = {}
+    for name, equals, value in (other.partition("=") for other in others):
+        if name not in rest or not equals:
+            hint = f": {', '.join(f'--with {each}=…' for each in rest)}" if rest else " (its texts have no other input)"
+            raise UserError(f"--with {name}: this bundle reads {', '.join(bundle.answers.columns)}{hint}")
+        found[name] = _read(Path(value[1:])) if value.startswith("@") else value
+    missing = [name for name in rest if name not in found]
+    if missing:
+        give = " ".join(f"--with {name}=…" for name in missing)
+        raise UserError(f"a text is the {first} of this bundle, which also reads {', '.join(missing)}: {give}, or rows by --input")
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid UTF-8 ({error.reason}): convert it to UTF-8") from None
 
 
 def _lines(stream: IO[str]) -> Iterator[str]:

@@ -65,6 +65,29 @@ def write_sentences(path: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
+def write_questions(path: Path, count: int, seed: int = 0, without: float = 0.2) -> Path:
+    """Questions as SQuAD 2.0 has them: an adjective with its noun answers each; every tenth context is long.
+
+    Args:
+        without: share of the questions whose context has no such pair.
+    """
+    rng = np.random.default_rng(seed)
+    adjectives, nouns = ("good", "great", "warm"), ("film", "story")
+    others = [word for word in WORDS if word not in (*adjectives, *nouns)]
+    paragraphs = []
+    for number in range(count):
+        words = rng.choice(others, rng.integers(2, 9) if rng.random() < 0.9 else 30).tolist()
+        pair, place = [str(rng.choice(adjectives)), str(rng.choice(nouns))], int(rng.integers(0, len(words)))
+        impossible = rng.random() < without
+        before = " ".join(words[:place])
+        context = " ".join(words if impossible else [*words[:place], *pair, *words[place:]])
+        answers = [] if impossible else [{"text": " ".join(pair), "answer_start": len(before) + bool(before)}]
+        question = {"id": f"q{number}", "question": f"{rng.choice(others)} was", "answers": answers, "is_impossible": impossible}
+        paragraphs.append({"context": context, "qas": [question]})
+    path.write_text(json.dumps({"version": "v2.0", "data": [{"title": "films", "paragraphs": paragraphs}]}))
+    return path
+
+
 def train_section(**changes) -> dict:
     return {
         "steps": 6,

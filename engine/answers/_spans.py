@@ -84,9 +84,10 @@ def shortened(tokenizer: Any, text: str, size: int) -> str:
         tokenizer: one that does not truncate.
     """
     encoding = tokenizer.encode(text, add_special_tokens=False)
-    while len(encoding.ids) > size:
-        text = text[: encoding.offsets[size - 1][1]] if size else ""
-        encoding, size = tokenizer.encode(text, add_special_tokens=False), size - (size > 0)
+    ends = [end for _, end in encoding.offsets[:size]]
+    while len(encoding.ids) > size:  # a text that ends elsewhere may be cut into other tokens
+        text = text[: ends.pop()] if ends else ""
+        encoding = tokenizer.encode(text, add_special_tokens=False)
     return text
 
 

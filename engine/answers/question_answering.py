@@ -102,7 +102,10 @@ class Answers(TextAnswers):
         return {"n_best": spans, **(none if self.may_be_none else {})}
 
     def revised(self, answers: list[Answer]) -> list[Answer]:
-        return [{**self._chosen(answer), **{key: answer[key] for key in ("n_best", "no_answer") if key in answer}} for answer in answers]
+        return [
+            {**self._chosen(answer), **{key: answer[key] for key in ("n_best", "no_answer") if key in answer}}
+            for answer in answers
+        ]
 
     def _chosen(self, answer: Answer) -> Answer:
         none = answer.get("no_answer", {"score": 0.0, "difference": 0.0})
@@ -145,6 +148,9 @@ class Answers(TextAnswers):
             raise RowError(f"column '{self.facts['answers']}' {error}") from None
         self.truths[id(row)] = (row, found)
         return found
+
+    def check(self, row: Row) -> None:
+        self.truth(row)
 
     def _score(self, answer: str, row: Row) -> Score:
         return score(answer, tuple(self.truth(row) or []), self.may_be_none)

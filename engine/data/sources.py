@@ -129,15 +129,16 @@ class SourceRows:
         seen: dict[str, dict[str, None]] = {column: {} for column in self.source.where}
         self.complete = True
         for layout in self.layouts:
-            line = 0
+            line = count = 0
             for line, row in layout.rows(self.lines):
+                count += 1
                 if self.source.limit is not None and self.kept >= self.source.limit:
                     return
                 placed = PlacedRow(row, layout.path, line)
                 if self._wanted(placed, seen, layout) and self._filled(placed, layout):
                     self.kept += 1
                     yield placed
-            self.complete = self.complete and (self.lines is None or line < self.lines)
+            self.complete = self.complete and (self.lines is None or max(line, count) < self.lines)  # all may stand on one
         if self.kept == 0 and self.complete:
             raise UserError(f"{self.source.shown}: {self._nothing(seen)}: an empty data set cannot be used")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,9 +23,10 @@ from engine.answers._spans import NONE, Encoded, Window, inside, tokens_of
 from engine.answers.question_answering import END, START
 from engine.data.cells import Cell, text_cell
 from engine.data.columns import Proposal
+from engine.data.sources import placed
 from engine.errors import UserError
 from engine.tasks import FACTS, Example, Facts, TaskConfig
-from engine.tasks._texts import TextTask, cell_of, file_of, placed
+from engine.tasks._texts import TextTask, cell_of, file_of
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +35,11 @@ if TYPE_CHECKING:
     from engine.tasks import Batch
 
 LESSON = "log_probabilities"
-NAMES = {"question": ("question", "query"), "context": ("context", "passage", "paragraph", "text"), "answers": ("answers", "answer")}
+NAMES = {
+    "question": ("question", "query"),
+    "context": ("context", "passage", "paragraph", "text"),
+    "answers": ("answers", "answer"),
+}
 """What columns are called, for `bothways new`."""
 
 
@@ -101,7 +107,9 @@ class Config(TaskConfig):
                 found[key] = there
         if not found.keys() >= NAMES.keys():
             return None
-        rows = [dict(zip(found, cells, strict=True)) for cells in zip(*(table.columns[c].raw for c in found.values()), strict=False)]
+        rows = [
+            dict(zip(found, cells, strict=True)) for cells in zip(*(table.columns[c].raw for c in found.values()), strict=False)
+        ]
         try:
             quotes = [quotes_of(row["answers"]) for row in rows]
             for row, each in zip(rows, quotes, strict=True):
@@ -221,7 +229,9 @@ class Task(TextTask):
         try:
             tokens = tokens_of(encoded, place)
         except ValueError as error:
-            raise UserError(f"{_named(row)}the answer '{row[self.config.context][slice(*place)]:.40}' {error}: leave it out") from None
+            raise UserError(
+                f"{_named(row)}the answer '{row[self.config.context][slice(*place)]:.40}' {error}: leave it out"
+            ) from None
         return [list(inside(window, *tokens) or (NONE, NONE)) for window in encoded.windows]
 
     def collate(self, examples: list[Example]) -> Batch:
@@ -246,8 +256,6 @@ class Task(TextTask):
 
     @property
     def graphs(self) -> dict[str, Any]:
-        from dataclasses import replace
-
         return {name: replace(graph, of_tokens=frozenset(self.outputs)) for name, graph in super().graphs.items()}
 
     def loss_of(self, outputs: Batch, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,9 @@ from engine.errors import UserError
 
 Row = dict[str, Any]
 """Column name to value."""
-FormatName = Literal["jsonl", "json", "csv", "fasttext", "lines", "parquet", "conll", "cluener", "doccano", "label_studio", "squad"]
+FormatName = Literal[
+    "jsonl", "json", "csv", "fasttext", "lines", "parquet", "conll", "cluener", "doccano", "label_studio", "squad"
+]
 
 
 class FormatConfig(Strict):

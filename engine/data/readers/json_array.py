@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from engine.data.readers.base import Head, Layout, Row
 from engine.data.readers.jsonl import DuplicateKeyError, problem_of, unique
@@ -19,7 +19,7 @@ class JsonArray(Layout):
     """Objects between `[` and `]`. A row's line is the one on which it begins."""
 
     NAME = "json"
-    EXTENSIONS = (".json", ".jsonl", ".ndjson", ".jsonlines")
+    EXTENSIONS: ClassVar[tuple[str, ...]] = (".json", ".jsonl", ".ndjson", ".jsonlines")
 
     @classmethod
     def accepts(cls, head: Head) -> bool:
