@@ -1,33 +1,17 @@
-"""The task of finding answers: spans of the context as it was given, windows, "no answer", losses, figures, refusals."""
+"""The answers to questions: spans of the context as it was given, windows, "no answer", and how they are judged."""
 
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.answers import RowError
 from engine.answers.question_answering import END, START, best_difference
-from engine.data.sources import PlacedRow
-from engine.errors import UserError
 from engine.tasks import question_answering
-from tests.unit.models import tiny_config, tiny_tokenizer
-
-CONTEXT = "the actor was in a good film with a dull plot"
-ROWS = [
-    {"question": "a film", "context": CONTEXT, "answers": [{"text": "good film", "answer_start": 19}]},
-    {"question": "the plot", "context": CONTEXT, "answers": [{"text": "dull plot", "answer_start": 36}]},
-]
-NONE = {"question": "the scene", "context": "the actor was cold", "answers": []}
-LONG = " ".join(["the actor was very very cold but"] * 6 + ["good film"] + ["and the plot was long"] * 6)
-
-
-def qa_task(directory, rows=ROWS, max_length=32, **section):
-    config = question_answering.Config(type="question_answering", **section)
-    return question_answering.Task(config, question_answering.Task.learn(config, rows), tiny_tokenizer(directory), max_length)
+from tests.unit.questions import CONTEXT, LONG, NONE, ROWS, likes, qa_task, runs, tiny_model
 
 
 @pytest.fixture
@@ -38,41 +22,6 @@ def task(tmp_path):
 @pytest.fixture
 def or_none(tmp_path):
     return qa_task(tmp_path, [*ROWS, NONE])
-
-
-def tiny_model(task, **shape):
-    from transformers import BertForQuestionAnswering
-
-    torch.manual_seed(0)
-    return BertForQuestionAnswering(tiny_config(**task.settings(), initializer_range=0.5, **shape)).eval()
-
-
-def runs(model, task):
-    """A `run` of the model."""
-
-    def run(graph, arrays):
-        batch = {name: torch.from_numpy(arrays[name]) for name in task.inputs}
-        with torch.no_grad():
-            return {
-                name: tensor.numpy() for name, tensor in task.graphs[graph].run(model, batch, batch["attention_mask"]).items()
-            }
-
-    return run
-
-
-def likes(task, *pairs, none=0.0, elsewhere=0.0):
-    """A `run` that scores tokens as beginning and end by their words: {beginning, end} in pairs with a score."""
-    number = task.tokenizer.convert_tokens_to_ids
-
-    def run(graph, arrays):
-        ids = arrays["input_ids"]
-        start, end = np.full(ids.shape, elsewhere, dtype=np.float32), np.full(ids.shape, elsewhere, dtype=np.float32)
-        for first, last, value in pairs:
-            start[ids == number(first)], end[ids == number(last)] = value, value
-        start[:, 0] = end[:, 0] = none
-        return {START: start, END: end}
-
-    return run
 
 
 # What is answered
@@ -311,152 +260,3 @@ def test_the_answer_is_marked_in_what_stands_around_it(or_none):
     assert pieces[1][0] == "…" + "x" * 199 + " " and pieces[3][0] == " " + "y" * 199 + "…"
     none = or_none.answers.pieces({"answer": "", "start": 0, "end": 0, "score": 0.9}, {**row, "context": "short"})
     assert none == [("which?\n", None), ("", "no answer"), ("short", None)]
-
-
-# How it is learnt
-
-
-def test_the_most_frequent_answer_is_learnt_and_its_tokens_are_those_of_its_characters(task):
-    answers = [
-        {"text": "dull", "answer_start": 36},
-        {"text": "good film", "answer_start": 19},
-        {"text": "good film", "answer_start": 19},
-    ]
-    (learnt,) = task.encode([{**ROWS[0], "answers": answers}])
-    first, last = learnt["label"]
-    assert task.tokenizer.convert_ids_to_tokens(learnt["input_ids"][first : last + 1]) == ["good", "film"]
-    assert learnt["context"][0] <= first and last < learnt["context"][1]
-
-
-def test_windows_without_the_answer_learn_that_there_is_none(tmp_path):
-    task = qa_task(tmp_path, max_length=24, stride=6)
-    examples = task.encode([{"question": "a film", "context": LONG, "answers": ["good film"]}])
-    words = [
-        task.tokenizer.convert_ids_to_tokens(each["input_ids"][each["label"][0] : each["label"][1] + 1]) for each in examples
-    ]
-    assert words.count(["good", "film"]) >= 1 and words.count(["[CLS]"]) == len(words) - words.count(["good", "film"]) > 2
-
-
-def by_hand(model, task, batch, place):
-    """Cross entropy of a window, over its context and the first token, in NumPy."""
-    total = 0.0
-    output = model(**{name: batch[name][place : place + 1] for name in task.inputs})
-    first, end = batch["context"][place].tolist()
-    for number, logits in enumerate((output.start_logits, output.end_logits)):
-        logits = logits[0].detach().double().numpy()
-        allowed = [0, *range(first, end)]
-        total += np.log(np.exp(logits[allowed]).sum()) - logits[int(batch["labels"][place, number])]
-    return total / 2
-
-
-def test_the_loss_is_the_mean_of_two_cross_entropies_over_context_and_no_answer_and_rows_without_truth_do_not_count(or_none):
-    model = tiny_model(or_none)
-    examples = or_none.encode([*ROWS, NONE, {"question": "a", "context": CONTEXT}])
-    batch = or_none.collate(examples)
-    total, count = or_none.loss(model, batch)
-    assert count == or_none.count(batch) == 3
-    torch.testing.assert_close(
-        float(total), sum(by_hand(model, or_none, batch, place) for place in range(3)), rtol=1e-4, atol=1e-4
-    )
-    alone = [float(or_none.loss(model, or_none.collate([example]))[0]) for example in examples]
-    torch.testing.assert_close(float(total), sum(alone), rtol=1e-4, atol=1e-4)
-    assert alone[3] == 0.0
-
-
-def test_the_loss_is_that_of_transformers_where_nothing_but_context_scores(task):
-    model, batch = tiny_model(task), task.collate(task.encode(ROWS[:1]))
-    first, end = batch["context"][0].tolist()
-    context = torch.zeros(batch["input_ids"].shape[1], dtype=torch.bool)
-    context[first:end] = context[0] = True
-    handle = model.qa_outputs.register_forward_hook(lambda *given: given[2].masked_fill(~context[None, :, None], -1e4))
-    labels = {"start_positions": batch["labels"][:, 0], "end_positions": batch["labels"][:, 1]}
-    theirs = model(**{name: batch[name] for name in task.inputs}, **labels).loss
-    total, count = task.loss(model, batch)
-    handle.remove()
-    torch.testing.assert_close(total / count, theirs)
-
-
-def test_a_student_that_is_its_teacher_imitates_it_perfectly_and_padding_does_not_enter(or_none):
-    model, examples = tiny_model(or_none), or_none.encode([*ROWS, NONE])
-
-    def lesson(chosen, shift=0.0):
-        batch = or_none.collate(chosen)
-        outputs = or_none.named(or_none.forward(model, batch))
-        outputs = {name: value + shift * value.detach().cos() for name, value in outputs.items()}
-        return or_none.lesson(outputs, batch, 2.0)
-
-    same = lesson(examples)
-    assert float(or_none.imitation(same, same, 2.0)) == pytest.approx(0.0, abs=1e-5)
-    together = or_none.imitation(lesson(examples, 0.5), same, 2.0)
-    alone = sum(float(or_none.imitation(lesson([each], 0.5), lesson([each]), 2.0)) for each in examples)
-    assert float(together) > 0.01 and float(together) == pytest.approx(alone, rel=1e-4)
-    together.backward()
-    assert all(torch.isfinite(weight.grad).all() for weight in model.parameters() if weight.grad is not None)
-
-
-def test_a_kept_lesson_is_that_of_the_batch_whatever_the_lengths(or_none):
-    from engine.evaluate import lessons_of
-
-    model, examples = tiny_model(or_none), or_none.encode([*ROWS, NONE])
-    found = lessons_of(model, or_none, examples, 2.0)
-    batch = or_none.collate(examples)
-    whole = or_none.lesson(or_none.named(or_none.forward(model, batch)), batch, 2.0)["log_probabilities"].detach().numpy()
-    for row, example_ in enumerate(examples):
-        size = len(example_["input_ids"])
-        assert found[row]["log_probabilities"].shape == (size, 2)
-        np.testing.assert_allclose(found[row]["log_probabilities"], whole[row, :size], atol=1e-5)
-        assert not whole[row, size:].any()
-
-
-def test_what_a_plan_measures_uses_both_scores(task):
-    task.made_up_loss(tiny_model(task), 2, 8).backward()
-
-
-# What is refused
-
-
-def placed(row):
-    return PlacedRow({"id": "q9", **row}, "rows.jsonl", 3)
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"answers": [{"text": "great film", "answer_start": 19}]}, "the answer 'great film' does not stand at 19"),
-        ({"answers": ["a"]}, "stands in its context more than once"),
-        ({"answers": [3]}, "holds an answer without a text"),
-        ({"answers": []}, "has no answer: leave it out, or let questions have none (task.unanswerable: true)"),
-    ],
-)  # fmt: skip
-def test_answers_that_cannot_be_learnt_are_named_with_file_line_and_question(row, message):
-    config = question_answering.Config(type="question_answering", unanswerable=False)
-    with pytest.raises(UserError) as error:
-        config.check_rows([placed({**ROWS[0], **row})], complete=True)
-    assert str(error.value).startswith("rows.jsonl:3: question q9: ") and "\n" not in str(error.value)
-    assert message[:30] in str(error.value)
-
-
-def test_a_question_without_an_answer_is_refused_where_training_has_none_such(task):
-    with pytest.raises(UserError, match=r"^rows.jsonl:3: question q9: has no answer, and all training rows have one"):
-        task.encode([placed(NONE)])
-
-
-def test_answers_beside_their_places_are_learnt_there_counted_and_said(tmp_path):
-    rows = [{**ROWS[0], "answers": [{"text": "good film", "answer_start": 17}]}, ROWS[1]]
-    task = qa_task(tmp_path, rows)
-    assert task.encode(rows)[0]["label"] == qa_task(tmp_path).encode(ROWS)[0]["label"]
-    assert "1 answers stood up to a few characters beside answer_start: found there" in task.notes
-
-
-def test_training_rows_without_any_answer_teach_nothing(tmp_path):
-    with pytest.raises(UserError, match="column 'answers' holds no answer: there is nothing to learn"):
-        qa_task(tmp_path, [NONE])
-
-
-@pytest.mark.parametrize(
-    ("length", "section", "message"),
-    [(16, {"stride": 12}, "windows of 16 tokens cannot share 12: stride must be below 12"), (4, {}, "raise max_length")],
-)
-def test_windows_that_hold_nothing_are_refused(tmp_path, length, section, message):
-    with pytest.raises(UserError, match=f"task.type=question_answering: .*{message}"):
-        qa_task(tmp_path, max_length=length, **section)
