@@ -107,16 +107,14 @@ class Config(TaskConfig):
                 found[key] = there
         if not found.keys() >= NAMES.keys():
             return None
-        rows = [
-            dict(zip(found, cells, strict=True)) for cells in zip(*(table.columns[c].raw for c in found.values()), strict=False)
-        ]
+        cells = (table.columns[found[key]].raw for key in NAMES)
         try:
-            quotes = [quotes_of(row["answers"]) for row in rows]
-            for row, each in zip(rows, quotes, strict=True):
-                for quote in each:
-                    place_of(quote, str(row["context"]))
+            rows = [(str(context), quotes_of(answers)) for _, context, answers in zip(*cells, strict=False)]
         except ValueError:
             return None
+        quotes = [each for _, each in rows]
+        if 2 * sum(all(quote.text in context for quote in each) for context, each in rows) < len(rows):
+            return None  # answers of another kind, as yes and no
         without = sum(not each for each in quotes)
         words = [f"{table.columns[found[key]].mean_words:.0f} words on average" for key in ("question", "context")]
         told = f"{without:,} of {len(quotes):,} questions have none" if without else "they stand in the contexts"

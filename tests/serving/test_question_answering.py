@@ -100,6 +100,22 @@ def test_the_bundle_verifies_and_its_answers_are_those_of_pytorch(chain):
     assert {answer["answer"] == "" for answer in given} == {True, False}
 
 
+def test_tensorrt_builds_the_graph(chain):
+    pytest.importorskip("tensorrt_rtx", reason="the extra `rtx` is not installed")
+    import onnx
+
+    from export.compress.quantize import tensorrt_form
+    from export.engines.trt import Profile, build_engine, parse_network, quantized_matmuls, tensorrt_module
+
+    _, run = chain
+    trt = tensorrt_module("tensorrt_rtx")
+    graph = tensorrt_form(onnx.load(run / "engine" / "models" / "tiny_core" / "1" / "model.onnx"))
+    parsed = parse_network(trt, graph.SerializeToString())
+    both, one = quantized_matmuls(trt, parsed.network)
+    assert both and not one
+    assert len(build_engine(trt, parsed, Profile(4, 8, 12, MAX_LENGTH))) > 10_000
+
+
 def test_a_bundle_and_a_model_are_judged_on_another_file_as_in_their_stages(chain, capsys):
     recipe, run = chain
     data, stage = prepared(chain, "recovered"), read_stage(run / "recovered")

@@ -8,6 +8,7 @@ import torch
 
 from engine.config import load_recipe
 from engine.data.sources import PlacedRow
+from engine.data.splits import load_splits
 from engine.errors import UserError
 from engine.tasks import question_answering
 from launch.check import check_recipe
@@ -217,5 +218,19 @@ def test_check_says_how_many_answers_were_moved_and_names_the_question_whose_ans
         check(tmp_path, [ROWS[0], {**ROWS[1], "answers": [{"text": "warm", "answer_start": 3}]}])
 
 
+def test_answers_of_another_kind_are_not_taken_for_parts_of_the_context(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", [{"question": f"film {n}", "context": CONTEXT, "answer": "yes"} for n in range(30)])
+    with pytest.raises(UserError, match="no columns for the task question_answering"):
+        new_recipe("rows.jsonl", None, "question_answering", "model", [])
+
+
 def test_questions_on_one_context_are_never_on_both_sides_of_a_share(tmp_path):
-    assert question_answering.Config(type="question_answering", context="passage").split_by == "passage"
+    rows = [{**ROWS[0], "question": f"film {n}", "context": f"{CONTEXT} {n % 20}"} for n in range(60)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    section = finetune_section(task={"type": "question_answering"}, data={"train": "rows.jsonl", "validation": "30%"})
+    recipe = load_recipe(write_recipe(tmp_path, {"teacher": {"finetune": section}}))
+    config = load_stages(recipe)[0].config
+    splits = load_splits(config.data, recipe, config.task.split_by, config.task.columns)
+    contexts = [{row["context"] for row in splits[name]} for name in ("train", "validation")]
+    assert all(contexts) and not contexts[0] & contexts[1]
