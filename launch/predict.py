@@ -124,7 +124,9 @@ def _shared(bundle: Bundle, others: Sequence[str]) -> Row:
     missing = [name for name in rest if name not in found]
     if missing:
         give = " ".join(f"--with {name}=…" for name in missing)
-        raise UserError(f"a text is the {first} of this bundle, which also reads {', '.join(missing)}: {give}, or rows by --input")
+        raise UserError(
+            f"a text is the {first} of this bundle, which also reads {', '.join(missing)}: {give}, or rows by --input"
+        )
     return found
 
 

@@ -55,10 +55,9 @@ class Found(NamedTuple):
 
 
 def room_for(tokenizer: Any, stride: int | None) -> tuple[int, int]:
-    """Returns (tokens that neighbouring windows share, tokens of the longest question) and sets the first in a tokenizer that
-    truncates, in place.
+    """Returns (tokens that neighbouring windows share, tokens of the longest question).
 
-    A context keeps at least half of a window.
+    The first is set in the tokenizer, which truncates, in place. A context keeps at least half of a window.
 
     Args:
         stride: the first number; None: a quarter of a window.

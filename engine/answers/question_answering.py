@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from engine.answers import MODEL, Answer, Arrays, Metric, Row, RowError, Run
+from engine.answers import CHUNK, MODEL, Answer, Arrays, Metric, Row, RowError, Run
 from engine.answers._quotes import Score, right_answers, score
 from engine.answers._spans import Encoded, Found, best_spans, lengths_of, placed, room_for, shortened
 from engine.answers._texts import TextAnswers, arrays_of, identity, texts_of
 
 START, END = "start_logits", "end_logits"
 """What the graph gives, shape (windows, tokens) each."""
-ANSWERED, NONE = "answer", "(none)"
+ANSWERED, NONE, UNANSWERED = "answer", "(none)", "no answer"
 """Questions with and without an answer, where the two are told apart."""
 REMEMBERED = 20_000
 """Rows whose truth is kept: intervals of a metric ask for it again and again."""
@@ -78,9 +78,9 @@ class Answers(TextAnswers):
     def answer(self, run: Run, rows: Sequence[Row]) -> list[Answer]:
         """Returns {"answer", "start", "end", "score", "n_best": [{"answer", "start", "end", "score"}, …]} of each row.
 
-        `start` and `end` are characters of the context, `score` is a probability among all spans of at most `max_answer` tokens.
-        Where a question may have no answer, `no_answer` holds its "score" and the "difference" that the threshold is for; one
-        without an answer is answered "", 0 to 0.
+        Places are characters of the context, `score` is a probability among all spans of at most `max_answer` tokens. Where a
+        question may have no answer, `no_answer` holds its "score" and the "difference" that the threshold is for; one without an
+        answer is answered "", 0 to 0.
         """
         encoded = self.encode(rows)
         outputs = run(MODEL, _arrays(encoded))
@@ -161,8 +161,10 @@ class Answers(TextAnswers):
         return np.array(found, dtype=np.float64).reshape(-1, 2)
 
     def metrics(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, float]:
-        """Returns exact match and F1 of the words in percent as the official evaluation of SQuAD counts them (2.0 where questions
-        may have no answer, else 1.1), and the number of examples."""
+        """Returns F1 of the words and exact match in percent, and the number of examples.
+
+        They are those of SQuAD's official evaluation: of 2.0 where questions may have no answer, else of 1.1.
+        """
         exact, f1 = 100.0 * self._scores(answers, rows).mean(axis=0)
         return {"f1": float(f1), "exact_match": float(exact), "examples": len(rows)}
 
@@ -196,7 +198,8 @@ class Answers(TextAnswers):
 
     def lengths(self, rows: Sequence[Row]) -> np.ndarray:
         """Returns the tokens of each row over all of its windows, shape (N,)."""
-        return lengths_of(self.encode(rows))
+        found = [lengths_of(self.encode(rows[start : start + CHUNK])) for start in range(0, len(rows), CHUNK)]
+        return np.concatenate(found)
 
     def agreement(self, answers: list[Answer], others: list[Answer]) -> float:
         """Returns the mean over rows of how far the characters of two answers are the same: their F1; 1 where both are none."""
@@ -206,8 +209,10 @@ class Answers(TextAnswers):
         return identity(texts_of(row, self.columns))
 
     def record(self, answer: Answer, row: Row) -> dict[str, Any]:
-        """Returns {"id", "question", "label": the right answers, "prediction", "start", "end", "score"}, and `question_id` where
-        the row has an id of its own."""
+        """Returns {"id", "question", "label": the right answers, "prediction", "start", "end", "score"}.
+
+        `question_id` is there, too, where the row has an id of its own.
+        """
         own = {"question_id": row["id"]} if row.get("id") is not None else {}
         given = {"prediction": answer["answer"], **{key: answer[key] for key in ("start", "end", "score")}}
         return {"id": self.identity(row), **own, "question": texts_of(row, self.columns)[0], "label": self.truth(row), **given}
@@ -215,17 +220,29 @@ class Answers(TextAnswers):
     def pieces(self, answer: Answer, row: Row) -> list[tuple[str, str | None]]:
         """Returns the question, and the context around the answer, which is marked."""
         question, context = texts_of(row, self.columns)
-        start, end = answer["start"], answer["end"]
-        before, behind = max(0, start - AROUND), min(len(context), end + AROUND)
-        left = ("…" if before else "") + context[before:start]
-        right = context[end:behind] + ("…" if behind < len(context) else "")
-        marked = (answer["answer"], f"{answer['score']:.2f}") if answer["answer"] else ("", "no answer")
-        pieces: list[tuple[str, str | None]] = [(f"{question}\n", None), (left, None), marked, (right, None)]
-        return [(piece, kind) for piece, kind in pieces if piece or kind]
+        kind = f"{answer['score']:.2f}" if answer["answer"] else UNANSWERED
+        return [(f"{question}\n", None), *_around(context, answer["start"], answer["end"], kind)]
+
+    def explained(self, answer: Answer, row: Row) -> dict[str, Any]:
+        """Returns the question, and twice the context: around the first right answer and around the one that was given."""
+        question, context = texts_of(row, self.columns)
+        true = next(iter(self.truth(row) or []), "")
+        start = max(0, context.find(true))
+        right = _around(context, start, start + len(true), ANSWERED if true else UNANSWERED)
+        return {"inputs": {"question": question}, "true": {"pieces": right}, "answered": {"pieces": self.pieces(answer, row)[1:]}}
 
     def line(self, answer: Answer) -> str:
         """Returns the answer with its probability, `-` for none."""
         return f"{answer['answer'] or '-'}\t{answer['score']:.4f}"
+
+
+def _around(context: str, start: int, end: int, kind: str) -> list[tuple[str, str | None]]:
+    """Returns some characters of a context, marked, with what stands on both sides of them."""
+    before, behind = max(0, start - AROUND), min(len(context), end + AROUND)
+    left = ("…" if before else "") + context[before:start]
+    right = context[end:behind] + ("…" if behind < len(context) else "")
+    pieces: list[tuple[str, str | None]] = [(left, None), (context[start:end], kind), (right, None)]
+    return [(piece, mark) for piece, mark in pieces if piece or mark]
 
 
 def _arrays(encoded: list[Encoded]) -> Arrays:

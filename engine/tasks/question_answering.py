@@ -1,6 +1,6 @@
-"""Extractive question answering, the training half: a score for every token of a context as the beginning and as the end of the
-answer; the first token of a window stands for "no answer" (arXiv:1810.04805).
+"""Extractive question answering, the training half: scores of tokens as the beginning and as the end of the answer.
 
+The first token of a window stands for "no answer" (arXiv:1810.04805).
 A context that is longer than a window becomes several examples, windows that overlap; one that does not hold the whole answer is
 learnt as "no answer".
 
@@ -88,6 +88,10 @@ class Config(TaskConfig):
             raise UserError(f"{_named(row)}has no answer: leave it out, or let questions have none (task.unanswerable: true)")
         return found
 
+    def check_length(self, max_length: int) -> None:
+        if self.stride is not None and self.stride >= max_length:
+            raise UserError(f"task.stride={self.stride}: windows of max_length={max_length} tokens cannot share as many")
+
     def check_rows(self, rows: Sequence[Row], complete: bool) -> None:
         """Looks for the answers of the training rows in their contexts.
 
@@ -134,8 +138,10 @@ def _named(row: Row) -> str:
 
 
 class Task(TextTask):
-    """The task of finding answers. Facts: `may_be_none`; `threshold`, chosen once it is trained; `moved`: training answers that
-    stood beside their places."""
+    """The task of finding answers.
+
+    Facts: `may_be_none`; `threshold`, chosen once it is trained; `moved`: training answers that stood beside their places.
+    """
 
     head = "AutoModelForQuestionAnswering"
     says = "a model that finds answers"
@@ -184,8 +190,9 @@ class Task(TextTask):
         return [*found, "questions may have no answer" if self.facts["may_be_none"] else "every question has an answer"]
 
     def target_of(self, row: Row) -> Place | None:
-        """Returns the place of the most frequent answer, of equally frequent ones the first; (0, 0) for no answer, None for a row
-        without its truth.
+        """Returns the place of the most frequent answer, of equally frequent ones the first.
+
+        (0, 0) stands for no answer, None for a row without its truth.
 
         Raises:
             UserError: see `Config.quotes`; or it has no answer where all training rows have one.
@@ -272,8 +279,10 @@ class Task(TextTask):
         return output.start_logits.float().sum() + output.end_logits.float().sum()
 
     def lesson(self, outputs: Batch, batch: Batch, temperature: float) -> Batch:
-        """Returns the logarithm of the probability of every token as beginning and as end, softened, (B, L, 2); 0 outside of the
-        context."""
+        """Returns the logarithm of the softened probability of every token as beginning and as end, (B, L, 2).
+
+        It is 0 for what is neither context nor "no answer".
+        """
         logits_BL2 = _of_context(outputs, batch)
         found_BL2 = (logits_BL2 / temperature).log_softmax(dim=1)
         return {LESSON: found_BL2.masked_fill(logits_BL2.isinf(), 0.0)}

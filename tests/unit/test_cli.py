@@ -267,6 +267,9 @@ def test_other_mistakes_with_files_are_one_line(bundle, tmp_path, call):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a film"}])
     assert_one_line(*call("predict", bundle, "--input", tmp_path / "no.jsonl")[::2], "no.jsonl: no such file")
     assert_one_line(*call("predict", bundle, "a film", "--input", rows)[::2], "give either texts or --input")
+    assert_one_line(
+        *call("predict", bundle, "a film", "--with", "context=b")[::2], "this bundle reads text (its texts have no other input)"
+    )
     target = tmp_path / "nowhere" / "out.jsonl"
     assert_one_line(*call("predict", bundle, "--input", rows, "--output", target)[::2], "its directory does not exist")
 

@@ -260,3 +260,6 @@ def test_the_answer_is_marked_in_what_stands_around_it(or_none):
     assert pieces[1][0] == "…" + "x" * 199 + " " and pieces[3][0] == " " + "y" * 199 + "…"
     none = or_none.answers.pieces({"answer": "", "start": 0, "end": 0, "score": 0.9}, {**row, "context": "short"})
     assert none == [("which?\n", None), ("", "no answer"), ("short", None)]
+    told = or_none.answers.explained(answer, {**row, "answers": ["y" * 300]})
+    assert told["inputs"] == {"question": "which?"} and told["answered"]["pieces"] == pieces[1:]
+    assert ("y" * 300, "answer") in told["true"]["pieces"]

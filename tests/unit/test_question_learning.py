@@ -201,11 +201,11 @@ def test_a_recipe_for_questions_is_written_from_files_of_all_forms(tmp_path, mon
     assert any("questions have none" in fact if form == "squad" else "they stand in the contexts" in fact for fact in seen)
 
 
-def check(tmp_path, rows):
+def check(tmp_path, rows, **task):
     """Checks a recipe that learns from a file of SQuAD; returns what is said of the data."""
     paragraphs = [{"context": row["context"], "qas": [{"id": f"q{n}", **row}]} for n, row in enumerate(rows)]
     (tmp_path / "rows.json").write_text(json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}))
-    section = finetune_section(task={"type": "question_answering"}, data={"train": "rows.json", "validation": "25%"})
+    section = finetune_section(task={"type": "question_answering", **task}, data={"train": "rows.json", "validation": "25%"})
     recipe, said = load_recipe(write_recipe(tmp_path, {"teacher": {"finetune": section}})), []
     check_recipe(recipe, load_stages(recipe), say=said.append)
     return said
@@ -216,6 +216,11 @@ def test_check_says_how_many_answers_were_moved_and_names_the_question_whose_ans
     assert said.endswith("SQuAD's JSON, utf-8; 1 answers stood a few characters beside answer_start: moved there")
     with pytest.raises(UserError, match=r"rows.json:1: question q1: the answer 'warm' does not stand at 3"):
         check(tmp_path, [ROWS[0], {**ROWS[1], "answers": [{"text": "warm", "answer_start": 3}]}])
+
+
+def test_check_refuses_windows_that_share_more_than_they_hold(tmp_path):
+    with pytest.raises(UserError, match=r"task.stride=40: windows of max_length=32 tokens cannot share as many"):
+        check(tmp_path, ROWS, stride=40)
 
 
 def test_answers_of_another_kind_are_not_taken_for_parts_of_the_context(tmp_path, monkeypatch):
