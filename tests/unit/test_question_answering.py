@@ -9,7 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.answers import RowError
-from engine.answers.question_answering import END, START, best_difference
+from engine.answers._quotes import Place
+from engine.answers._spans import inside, tokens_of, trimmed
+from engine.answers.question_answering import END, START, Answers, best_difference
 from engine.tasks import question_answering
 from tests.unit.questions import CONTEXT, LONG, NONE, ROWS, likes, qa_task, runs, tiny_model
 
@@ -263,3 +265,61 @@ def test_the_answer_is_marked_in_what_stands_around_it(or_none):
     told = or_none.answers.explained(answer, {**row, "answers": ["y" * 300]})
     assert told["inputs"] == {"question": "which?"} and told["answered"]["pieces"] == pieces[1:]
     assert ("y" * 300, "answer") in told["true"]["pieces"]
+
+
+# Tokenizers of other kinds
+
+
+def tokenizer_of(kind, length):
+    """A tokenizer of bytes that keeps or trims spaces, or one that writes spaces as a sign; trained on the spot."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token=None if "bytes" in kind else "<unk>"))
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False) if "bytes" in kind else pre_tokenizers.Metaspace()
+    tokenizer.pre_tokenizer = cut
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if "bytes" in kind else []
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([LONG, CONTEXT, "北京 👩‍🚀 é"] * 3, trainer)
+    if "bytes" in kind:
+        tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=kind == "trimmed bytes")
+    else:
+        pair = "<s> $A </s> $B:1 </s>:1"
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", pair, [("<s>", 0), ("</s>", 2)])
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(pad_id=1, pad_token="<pad>")
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=["bytes", "trimmed bytes", "signs"])
+def strange(request):
+    facts = {"question": "question", "context": "context", "answers": "answers", "stride": None, "max_answer": 6, "n_best": 9}
+    return Answers({**facts, "may_be_none": False, "threshold": 0.0, "metric": "f1"}, tokenizer_of(request.param, 24))
+
+
+@settings(max_examples=40, deadline=None)
+@given(question=TEXTS, context=TEXTS, seed=st.integers(0, 2**32 - 1))
+def test_answers_are_parts_of_the_context_whatever_the_tokenizer_makes_of_spaces(strange, question, context, seed):
+    rng = np.random.default_rng(seed)
+
+    def run(graph, arrays):
+        return {name: 5 * rng.standard_normal(arrays["input_ids"].shape).astype(np.float32) for name in (START, END)}
+
+    (answer,) = strange.answer(run, [{"question": question, "context": context}])
+    assert bool(answer["n_best"]) == bool(context.strip())
+    for each in answer["n_best"]:
+        assert each["answer"] == context[each["start"] : each["end"]] == each["answer"].strip() != ""
+
+
+@pytest.mark.parametrize("text", ["good film", "plot", "the actor", "an 北京", "👩‍🚀"])
+def test_the_tokens_of_an_answer_give_the_answer_back(strange, text):
+    context = f"{CONTEXT} in an 北京 👩‍🚀 scene"
+    (encoded,) = strange.encode([{"question": "good " * 40, "context": context}])
+    place = Place(context.index(text), context.index(text) + len(text))
+    first, last = tokens_of(encoded, place)
+    held = [inside(window, first, last) for window in encoded.windows]
+    assert encoded.cut and any(held)
+    for window, tokens in zip(encoded.windows, held, strict=True):
+        if tokens:
+            offsets = window.encoding.offsets
+            assert trimmed(Place(offsets[tokens[0]][0], offsets[tokens[1]][1]), context) == place
