@@ -1,7 +1,8 @@
-"""F1 of entities on public sets, without and with a CRF, each judged once on its test or development rows.
+"""F1 of entities on public sets, without and with a CRF, and of answers to questions, each judged once on its test rows.
 
-The sets are not part of this project: `--data DIR` names a directory with wnut17/, and cluener/ for `--multilingual MODEL`, in
-their own formats. `--only NAME` measures one of them and keeps the figures of the same commit.
+The sets are not part of this project: `--data DIR` names a directory with wnut17/ and squad_by_article/ (SQuAD 1.1 cut by
+articles), and cluener/ for `--multilingual MODEL`, in their own formats. `--only NAME` measures one of them and keeps the figures
+of the same commit.
 """
 
 from __future__ import annotations
@@ -25,16 +26,34 @@ SETS = {
         learning_rate=1e-4,
         metric="f1",
     ),
+    "squad_cut": Case(
+        {"type": "question_answering"},
+        "squad_by_article/train.json",
+        "squad_by_article/test.json",
+        3,
+        learning_rate=1.5e-4,
+        metric="f1",
+        max_length=256,
+        batch_size=16,
+    ),
 }
-HEADS = {"softmax": False, "crf": True}
+HEADS = {"f1_softmax": ({"crf": False}, "f1"), "f1_crf": ({"crf": True}, "f1")}
+FIGURES: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
+    "wnut17": HEADS,
+    "cluener": HEADS,
+    "squad_cut": {"f1": ({}, "f1"), "em": ({}, "exact_match")},
+}
+"""Of each set: {figure: (what it changes in the task, the metric that it is)}; equal changes are trained once."""
 
 
-def measured(case: Case, data: Path, model: str, crf: bool, runs: Path, name: str) -> Figure:
-    """Trains and returns the F1 of entities on the test rows, with its interval."""
-    section = case._replace(task={**case.task, "crf": crf}).section(data, model)
-    metrics = run_stage(section, runs, name)["metrics"]["test"]
-    interval = Interval(metrics["f1"], metrics.get("f1_low", metrics["f1"]), metrics.get("f1_high", metrics["f1"]))
-    return figure(interval, "%", int(metrics["examples"]))
+def measured(case: Case, data: Path, model: str, changes: dict[str, Any], metric: str, runs: Path, name: str) -> Figure:
+    """Trains and returns a metric on the test rows, with its interval where one is kept."""
+    section = case._replace(task={**case.task, **changes}).section(data, model)
+    run = "_".join(["structured", name, *(f"{key}_{value}" for key, value in changes.items())])
+    metrics = run_stage(section, runs, run)["metrics"]["test"]
+    ends = [metrics[f"{metric}_{end}"] for end in ("low", "high") if f"{metric}_{end}" in metrics]
+    value = Interval(metrics[metric], *ends) if ends else metrics[metric]
+    return figure(value, "%", int(metrics["examples"]))
 
 
 def main(argv: list[str]) -> None:
@@ -51,7 +70,7 @@ def main(argv: list[str]) -> None:
             raise UserError("cluener is Chinese: name an encoder that knows it with --multilingual DIR")
         if not (data / SETS[name].train).is_file():
             raise UserError(f"{data / SETS[name].train}: no such file: --data names a directory with the sets")
-        for kind, crf in HEADS.items():
-            score = measured(SETS[name], data, model, crf, chosen.runs, f"structured_{name}_{kind}")
+        for key, (changes, metric) in FIGURES[name].items():
+            score = measured(SETS[name], data, model, changes, metric, chosen.runs, name)
             command = f"python -m benchmarks structured_quality --data {data.name}"
-            print(merge_result("structured_quality", command, head(), {f"{name}_f1_{kind}": score}))
+            print(merge_result("structured_quality", command, head(), {f"{name}_{key}": score}))
