@@ -138,7 +138,7 @@ def best_spans(
     total = len(encoded.place_T2)
     lengths = max(1, min(longest, total))
     score_TA = np.full((total, lengths), -np.inf)
-    read_T = encoded.place_T2[:, 0] < encoded.place_T2[:, 1]
+    read_T = np.array([start < end and not context[start:end].isspace() for start, end in encoded.place_T2.tolist()], dtype=bool)
     for window, start_L, end_L in zip(encoded.windows, start_WL, end_WL, strict=True) if total else ():
         part = slice(window.offset, window.offset + window.end - window.first)
         begins = np.where(read_T[part], start_L[window.first : window.end], -np.inf).astype(np.float64)
@@ -156,14 +156,14 @@ def _ranked(score_TA: np.ndarray, none: float, encoded: Encoded, context: str, c
     if top == -np.inf:
         return Found([], [], 0.0, 0.0)
     whole = top + np.log(np.exp(flat - top).sum() + np.exp(none - top))
-    most = min(2 * count, len(flat))  # some may differ in white space alone
+    most = min(2 * count, len(flat))  # several tokens may stand for one character
     chosen = np.argpartition(-flat, most - 1)[:most] if most else np.zeros(0, dtype=np.int64)
     chosen = chosen[np.lexsort((chosen, -flat[chosen]))]
     found: dict[Place, float] = {}
     for number in chosen[np.isfinite(flat[chosen])].tolist():
         first, more = divmod(number, score_TA.shape[1])
         place = trimmed(Place(int(encoded.place_T2[first, 0]), int(encoded.place_T2[first + more, 1])), context)
-        if place.start < place.end and len(found) < count:
+        if len(found) < count:
             found.setdefault(place, float(flat[number]))
     scores = [float(np.exp(value - whole)) for value in found.values()]
     difference = none - next(iter(found.values())) if found and none > -np.inf else 0.0

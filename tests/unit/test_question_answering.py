@@ -299,6 +299,7 @@ def strange(request):
 
 @settings(max_examples=40, deadline=None)
 @given(question=TEXTS, context=TEXTS, seed=st.integers(0, 2**32 - 1))
+@example(question="", context="\n" * 60 + "a" + " \n" * 60, seed=0)
 def test_answers_are_parts_of_the_context_whatever_the_tokenizer_makes_of_spaces(strange, question, context, seed):
     rng = np.random.default_rng(seed)
 
