@@ -14,7 +14,7 @@ import numpy as np
 from engine.answers import CHUNK, MODEL, Answer, Arrays, Metric, Row, RowError, Run
 from engine.answers._quotes import Score, right_answers, score
 from engine.answers._spans import Encoded, Found, best_spans, lengths_of, placed, room_for, shortened
-from engine.answers._texts import TextAnswers, arrays_of, identity, texts_of
+from engine.answers._texts import SMALLEST, TextAnswers, arrays_of, identity, texts_of
 
 START, END = "start_logits", "end_logits"
 """What the graph gives, shape (windows, tokens) each."""
@@ -202,7 +202,11 @@ class Answers(TextAnswers):
         return np.concatenate(found)
 
     def agreement(self, answers: list[Answer], others: list[Answer]) -> float:
-        """Returns the mean over rows of how far the characters of two answers are the same: their F1; 1 where both are none."""
+        """Returns the mean over rows of how likely the other model finds what was answered, beside its own answer.
+
+        That is 1 where both are the same, and 0 where it is not among the other's n best or where only one of them is none: many
+        questions have answers that differ in a word and are nearly as likely.
+        """
         return float(np.mean([_alike(one, other) for one, other in zip(answers, others, strict=True)]))
 
     def identity(self, row: Row) -> str:
@@ -269,7 +273,10 @@ def best_difference(difference_N: np.ndarray, answered_N: np.ndarray, none_N: np
 
 
 def _alike(one: Answer, other: Answer) -> float:
-    sizes = [each["end"] - each["start"] for each in (one, other)]
-    if not any(sizes):
+    place = one["start"], one["end"]
+    if place == (other["start"], other["end"]):
         return 1.0
-    return 2 * max(0, min(one["end"], other["end"]) - max(one["start"], other["start"])) / sum(sizes)
+    if not (one["answer"] and other["answer"]):
+        return 0.0
+    likely = {(each["start"], each["end"]): each["score"] for each in other["n_best"]}
+    return likely.get(place, 0.0) / max(other["score"], SMALLEST)

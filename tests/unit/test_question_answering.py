@@ -244,13 +244,16 @@ def test_figures_worst_questions_and_what_is_told_of_them(or_none):
     assert or_none.answers.lengths(rows).tolist() == [16, 16, 9, 9]
 
 
-def test_two_models_agree_as_far_as_their_answers_share_characters(task):
-    def at(start, end):
-        return {"answer": CONTEXT[start:end], "start": start, "end": end}
+def test_two_models_agree_as_far_as_one_finds_the_others_answer_likely(task):
+    def at(*places):
+        spans = [{"answer": CONTEXT[start:end], "start": start, "end": end, "score": score} for start, end, score in places]
+        return {**(spans[0] if spans else {"answer": "", "start": 0, "end": 0, "score": 0.9}), "n_best": spans}
 
-    assert task.answers.agreement([at(19, 28), at(0, 0)], [at(19, 28), at(0, 0)]) == 1.0
-    assert task.answers.agreement([at(19, 28)], [at(24, 28)]) == pytest.approx(8 / 13)
-    assert task.answers.agreement([at(0, 3), at(0, 3)], [at(4, 9), at(0, 0)]) == 0.0
+    agreement = task.answers.agreement
+    assert agreement([at((19, 28, 0.3)), at()], [at((19, 28, 0.8)), at()]) == 1.0
+    assert agreement([at((24, 28, 0.5))], [at((19, 28, 0.5), (24, 28, 0.4))]) == pytest.approx(0.8)
+    assert agreement([at((0, 3, 0.9))], [at((19, 28, 0.5), (24, 28, 0.4))]) == 0.0
+    assert agreement([at((19, 28, 0.9)), at()], [at(), at((19, 28, 0.9))]) == 0.0
 
 
 def test_the_answer_is_marked_in_what_stands_around_it(or_none):
