@@ -11,7 +11,7 @@ from torch.nn import functional
 from engine.data.sources import PlacedRow
 from engine.errors import UserError
 from engine.models.fitting import load_fitting
-from engine.tasks import intent_slots, tagging, token_mean
+from engine.tasks import classification, intent_slots, tagging, token_mean
 from tests.unit.models import tiny_config, tiny_tokenizer
 
 ROWS = [
@@ -215,6 +215,9 @@ def test_a_model_keeps_what_fits_and_its_crf_is_one_of_the_tags_alone(tmp_path):
     assert "a new head" in said[0] and (fewer.num_labels, fewer.crf.weight.shape) == (5, (7, 5))
     more, said = load_fitting(tmp_path / "tags", both)
     assert "a new head" in said[0] and (more.num_labels, more.crf.weight.shape) == (7, (7, 5))
+    sentence = classification.Config(type="classification")
+    other, _ = load_fitting(tmp_path / "both", classification.Task(sentence, {"labels": ["a", "b"]}, both.tokenizer, 32))
+    assert not any("crf" in name for name, _ in other.named_parameters()), "no weights that nothing trains"
     own = [*reversed(LABELS[:5]), *LABELS[5:]]
     assert intent_slots.Task.in_order(both.facts, own)["labels"] == own
     assert intent_slots.Task.in_order(both.facts, LABELS[::-1])["labels"] == LABELS, "tags stand before intents"
