@@ -45,26 +45,6 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def write_sentences(path: Path, count: int, seed: int = 0) -> Path:
-    """Sentences in columns: an adjective with its noun is a WORK, `plot` alone a PLACE; every tenth sentence is long."""
-    rng = np.random.default_rng(seed)
-    adjectives, nouns = ("good", "great", "warm"), ("film", "story")
-    others = [word for word in WORDS if word not in (*adjectives, *nouns, "plot")]
-    lines = []
-    for _ in range(count):
-        for _ in range(rng.integers(1, 9) if rng.random() < 0.9 else 25):
-            kind = rng.random()
-            if kind < 0.25:
-                lines += [f"{rng.choice(adjectives)} B-WORK", f"{rng.choice(nouns)} I-WORK"]
-            elif kind < 0.4:
-                lines.append("plot B-PLACE")
-            else:
-                lines.append(f"{rng.choice(others)} O")
-        lines.append("")
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
 def write_commands(directory: Path, count: int, seed: int = 0) -> Path:
     """Sentences with an intent, in a directory with seq.in, seq.out and label: WORK and PLACE as `write_sentences` has them.
 
@@ -92,6 +72,26 @@ def write_commands(directory: Path, count: int, seed: int = 0) -> Path:
     for name, column in zip(("seq.in", "seq.out", "label"), zip(*lines, strict=True), strict=True):
         (directory / name).write_text("\n".join(column) + "\n")
     return directory
+
+
+def write_sentences(path: Path, count: int, seed: int = 0) -> Path:
+    """Sentences in columns: an adjective with its noun is a WORK, `plot` alone a PLACE; every tenth sentence is long."""
+    rng = np.random.default_rng(seed)
+    adjectives, nouns = ("good", "great", "warm"), ("film", "story")
+    others = [word for word in WORDS if word not in (*adjectives, *nouns, "plot")]
+    lines = []
+    for _ in range(count):
+        for _ in range(rng.integers(1, 9) if rng.random() < 0.9 else 25):
+            kind = rng.random()
+            if kind < 0.25:
+                lines += [f"{rng.choice(adjectives)} B-WORK", f"{rng.choice(nouns)} I-WORK"]
+            elif kind < 0.4:
+                lines.append("plot B-PLACE")
+            else:
+                lines.append(f"{rng.choice(others)} O")
+        lines.append("")
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 def train_section(**changes) -> dict:

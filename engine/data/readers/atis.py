@@ -13,10 +13,10 @@ FILES = {"tokens": "seq.in", "slots": "seq.out", "intent": "label"}
 """{column: its file}."""
 
 
-class SeqInOut(Aligned):
+class Atis(Aligned):
     """Columns `tokens` and `slots`, lists of equal length, and `intent`."""
 
-    NAME = "seq_in_out"
+    NAME = "atis"
 
     @classmethod
     def lies_in(cls, directory: Path) -> bool:
