@@ -164,7 +164,8 @@ class Task(tagging.Task):
     def _learnable(self, row: Row) -> Row:
         with placed(row):
             try:
-                self.target_of(row), self.intent_of(row)
+                self.target_of(row)
+                self.intent_of(row)
             except tagging.UnseenError:
                 return {key: value for key, value in row.items() if key not in (self.config.label, self.config.intent)}
         return row
