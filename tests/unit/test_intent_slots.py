@@ -10,8 +10,11 @@ from torch.nn import functional
 
 from engine.data.sources import PlacedRow
 from engine.errors import UserError
+from engine.evaluate import torch_run
+from engine.models import load_tokenizer
 from engine.models.fitting import load_fitting
 from engine.tasks import classification, intent_slots, tagging, token_mean
+from tests.families import write_family
 from tests.unit.models import tiny_config, tiny_tokenizer
 
 ROWS = [
@@ -266,3 +269,17 @@ def test_what_only_held_out_rows_have_is_named_or_not_learnt(tmp_path, change, m
     ordinary, missed = task.encode([ROWS[1], row])
     assert (ordinary["label"], ordinary["intent"], missed["label"], missed["intent"]) == ([0], 1, [-100], -100)
     assert row["intent"] == change.get("intent", "tell"), "it is judged by what it says"
+
+
+def test_a_family_without_a_token_for_the_sentence_answers_a_row_alone_as_among_longer_ones(tmp_path):
+    path = write_family(tmp_path / "model", "gpt2")
+    config = config_of(crf=True)
+    task = intent_slots.Task(config, intent_slots.Task.learn(config, ROWS), load_tokenizer(path), 24)
+    torch.manual_seed(0)
+    model, _ = load_fitting(path, task)
+    run = torch_run(model.eval(), task)
+    together = task.answers.answer(run, ROWS)
+    for row, answer in zip(ROWS, together, strict=True):
+        (alone,) = task.answers.answer(run, [row])
+        assert alone["intent"] == answer["intent"] and alone["score"] == pytest.approx(answer["score"], abs=1e-5)
+    assert len({answer["score"] for answer in together}) == 3, "the intent is read off the words"
