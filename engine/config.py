@@ -58,8 +58,13 @@ Fraction = Annotated[float, BeforeValidator(_fraction), Field(ge=0.0, le=1.0)]
 
 HUB = "hub:"
 """Begins the name of a data set of the Hugging Face hub."""
-SAVED_DATA = ("dataset_dict.json", "state.json")
-"""A directory that holds one of these is a data set, as `datasets` saves it."""
+SAVED_DATA = ("dataset_dict.json", "state.json", "seq.in")
+"""A directory that holds one of these is a data set, as `datasets` saves it, or as ATIS and SNIPS are laid out."""
+
+
+def is_data(path: Path) -> bool:
+    """Says whether a directory is a data set, see SAVED_DATA."""
+    return any((path / name).is_file() for name in SAVED_DATA)
 
 
 class _Reference(str):
@@ -273,7 +278,7 @@ class Recipe:
     def find_data(self, reference: str) -> Path | str | list[Path]:
         """Returns what a FileRef names: one path, the sorted paths of a pattern, or a name on the hub unchanged.
 
-        Relative paths start at the recipe's directory. A directory is one that `datasets` has saved.
+        Relative paths start at the recipe's directory. A directory is one of SAVED_DATA.
 
         Raises:
             UserError: there is no such file.
@@ -288,7 +293,7 @@ class Recipe:
             return found
         if not path.exists():
             raise UserError(f"{path}: no such file (relative paths start at the recipe's directory)")
-        if path.is_dir() and not any((path / name).is_file() for name in SAVED_DATA):
+        if path.is_dir() and not is_data(path):
             raise UserError(f"{path}: a directory where a file is needed")
         return path
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from engine.config import is_data
 from engine.data.cells import CellError, text_cell
 from engine.data.readers import FormatConfig, find_layout
 from engine.errors import UserError
@@ -159,7 +160,7 @@ def _lines(stream: IO[str]) -> Iterator[str]:
 
 def _checked(bundle: Bundle, source: Path | None, options: FormatConfig, empty: bool) -> Iterator[Row]:
     assert source is not None
-    if not source.is_file():
+    if not source.is_file() and not is_data(source):
         raise UserError(f"{source}: no such file")
     for line, row in find_layout(source, options).rows():
         for key, column in bundle.answers.columns.items():

@@ -45,6 +45,35 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+def write_commands(directory: Path, count: int, seed: int = 0) -> Path:
+    """Sentences with an intent, in a directory with seq.in, seq.out and label: WORK and PLACE as `write_sentences` has them.
+
+    The intent is `blame` where a word says so, else `praise`; every tenth sentence is long.
+    """
+    rng = np.random.default_rng(seed)
+    adjectives, nouns, blames = ("good", "great", "warm"), ("film", "story"), ("bad", "dull", "cold")
+    others = [word for word in WORDS if word not in (*adjectives, *nouns, *blames, "plot")]
+    lines: list[tuple[str, str, str]] = []
+    for _ in range(count):
+        pairs: list[tuple[str, str]] = []
+        for _ in range(rng.integers(1, 6) if rng.random() < 0.9 else 24):
+            kind = rng.random()
+            if kind < 0.3:
+                pairs += [(rng.choice(adjectives), "B-WORK"), (rng.choice(nouns), "I-WORK")]
+            else:
+                pairs.append(("plot", "B-PLACE") if kind < 0.5 else (rng.choice(others), "O"))
+        blamed = rng.random() < 0.5
+        if blamed:
+            at = [place for place in range(len(pairs) + 1) if place == len(pairs) or not pairs[place][1].startswith("I")]
+            pairs.insert(int(rng.choice(at)), (rng.choice(blames), "O"))
+        words, tags = zip(*pairs, strict=True)
+        lines.append((" ".join(words), " ".join(tags), "blame" if blamed else "praise"))
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, column in zip(("seq.in", "seq.out", "label"), zip(*lines, strict=True), strict=True):
+        (directory / name).write_text("\n".join(column) + "\n")
+    return directory
+
+
 def write_sentences(path: Path, count: int, seed: int = 0) -> Path:
     """Sentences in columns: an adjective with its noun is a WORK, `plot` alone a PLACE; every tenth sentence is long."""
     rng = np.random.default_rng(seed)

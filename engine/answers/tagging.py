@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -38,11 +38,13 @@ class Answers(TextAnswers):
     """
 
     METRICS = {"f1": Metric("f1"), "f1_macro": Metric("f1_macro"), "accuracy": Metric("accuracy")}
+    SCORES: ClassVar[str] = OUTPUT
+    """What the graph calls the scores of the tags, shape (M, L, C)."""
     takes_words = True
 
     def __init__(self, facts: dict[str, Any], tokenizer: Any) -> None:
         super().__init__(facts, tokenizer)
-        self.tags: list[str] = facts["labels"]
+        self.tags = self.tags_among(facts["labels"])
         self.scheme: str | None = facts["marks"]
         if not 0 < len(set(self.tags)) == len(self.tags):
             raise ValueError("labels must be there, each of them once")
@@ -54,6 +56,11 @@ class Answers(TextAnswers):
         self.reading = Reading(source, facts["names"], widen, longest)
         overlap(tokenizer, facts["stride"])
         keep_spaces(tokenizer)
+
+    @staticmethod
+    def tags_among(labels: list[str]) -> list[str]:
+        """Returns those of a model's classes that are tags: all of them."""
+        return labels
 
     @property
     def metric(self) -> Metric:
@@ -84,10 +91,13 @@ class Answers(TextAnswers):
         """
         texts = [self.words(row) for row in rows]
         encoded = encode(self.tokenizer, texts)
-        outputs = run(MODEL, _arrays(encoded))
-        firsts = np.cumsum([0, *(len(each.windows) for each in encoded)])
+        return self.read(run(MODEL, _arrays(encoded)), texts, encoded)
+
+    def read(self, outputs: Arrays, texts: Sequence[Words], encoded: Sequence[Encoded]) -> list[Answer]:
+        """Returns the answers from what the graph gave for every window of some rows."""
+        firsts = first_windows(encoded)
         emissions = [
-            outputs[OUTPUT][first + each.window_V, each.position_V] for first, each in zip(firsts, encoded, strict=False)
+            outputs[self.SCORES][first + each.window_V, each.position_V] for first, each in zip(firsts, encoded, strict=True)
         ]
         tags, scores = self.decode(emissions, outputs[TRANSITIONS][0] if TRANSITIONS in outputs else None)
         return [self._answer(*each) for each in zip(texts, encoded, tags, scores, strict=True)]
@@ -252,7 +262,11 @@ class Answers(TextAnswers):
         That is the F1 of one model's entities against the other's, 1 where neither has any; or the share of words with the same
         tag.
         """
-        return float(np.mean([self._alike(one, other) for one, other in zip(answers, others, strict=True)]))
+        return float(np.mean(self.alike(answers, others)))
+
+    def alike(self, answers: list[Answer], others: list[Answer]) -> np.ndarray:
+        """Returns how far each row's answers are the same, shape (N,); see `agreement`."""
+        return np.array([self._alike(one, other) for one, other in zip(answers, others, strict=True)])
 
     def _alike(self, one: Answer, other: Answer) -> float:
         own, there = self._given(one), self._given(other)
@@ -304,6 +318,11 @@ def _cut(text: str, spans: Sequence[Span]) -> list[tuple[str, str | None]]:
             found += [(text[at:start], None), (text[start:end], kind)]
             at = end
     return [(piece, kind) for piece, kind in [*found, (text[at:], None)] if piece]
+
+
+def first_windows(encoded: Sequence[Encoded]) -> np.ndarray:
+    """Returns the number of each row's first window among those of all rows, shape (N,)."""
+    return np.cumsum([0, *(len(each.windows) for each in encoded)])[:-1]
 
 
 def _arrays(encoded: list[Encoded]) -> Arrays:

@@ -130,7 +130,7 @@ def load_model(
     """
     import torch
 
-    from engine.models.heads import add_part, load_part
+    from engine.models.heads import HEAD_KEY, add_part, load_part
 
     if isinstance(model, Path):
         ModelFiles(model).refuse_quantizer()
@@ -139,6 +139,8 @@ def load_model(
     config = read_config(model)
     config.dtype = torch.float32  # whatever the weights were saved in: training keeps fp32 weights
     attention = attention or default_attention()
+    if settings is not None and getattr(config, HEAD_KEY, None) is not None:
+        settings = {HEAD_KEY: None, **settings}  # another task's head may need no such part
     for key, value in (settings or {}).items():
         setattr(config, key, value)
     auto = _auto_class(head)

@@ -31,7 +31,8 @@ class Transitions(torch.nn.Module):
 
     @torch.no_grad()
     def reorder(self, order: torch.Tensor) -> None:
-        """Makes tag i what was tag `order[i]`, in place."""
+        """Makes tag i what was tag `order[i]`, in place; classes behind the tags have no transitions."""
+        order = order[: self.weight.shape[1]]
         rows = torch.cat([order, torch.tensor([len(order), len(order) + 1])])
         self.weight.copy_(self.weight[rows][:, order])
 

@@ -14,7 +14,11 @@ from engine.models.weights import weight_files
 
 HEAD_KEY = "bothways_head"
 """config.json key: the name of a part in PARTS, which is also that of the model's attribute."""
-PARTS: dict[str, Callable[[Any], torch.nn.Module]] = {"crf": lambda config: Transitions(config.num_labels)}
+TAGS_KEY = "bothways_tags"
+"""config.json key: so many of the head's classes, the first ones, are tags of words; all of them where it is absent."""
+PARTS: dict[str, Callable[[Any], torch.nn.Module]] = {
+    "crf": lambda config: Transitions(getattr(config, TAGS_KEY, config.num_labels)),
+}
 """What is added, made from the model's configuration."""
 
 

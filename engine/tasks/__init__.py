@@ -55,6 +55,8 @@ class Graph:
     """(model, inputs by name) → outputs by name."""
     of_tokens: frozenset[str] = frozenset()
     """Outputs of shape (batch, length, …), with a value for each token: 0 at padding, whatever the model gives there."""
+    averaged: frozenset[str] = frozenset()
+    """Outputs of the same shape in `forward` of which the graph gives the mean over real tokens, (batch, …)."""
 
     def run(self, model: Any, batch: Batch, mask_BL: torch.Tensor | None) -> Batch:
         """Returns the outputs.
@@ -67,7 +69,21 @@ class Graph:
             for name in self.of_tokens:
                 shape = (*mask_BL.shape, *(1,) * (outputs[name].ndim - 2))
                 outputs[name] = outputs[name].masked_fill(mask_BL.reshape(shape) == 0, 0.0)
+        for name in self.averaged:
+            outputs[name] = token_mean(outputs[name], mask_BL)
         return outputs
+
+
+def token_mean(values_BLF: torch.Tensor, mask_BL: torch.Tensor | None) -> torch.Tensor:
+    """Returns the mean over the real tokens of each row, shape (B, F); 0 of a row without one.
+
+    Args:
+        mask_BL: 1 for real tokens; None: all are.
+    """
+    if mask_BL is None:
+        return values_BLF.mean(dim=1)
+    weight_BL1 = mask_BL[..., None].to(values_BLF.dtype)
+    return (values_BLF * weight_BL1).sum(dim=1) / weight_BL1.sum(dim=1).clamp(min=1.0)
 
 
 class TaskConfig(Strict):

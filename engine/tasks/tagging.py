@@ -14,20 +14,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
 
 from engine.answers import Row
-from engine.answers._marks import Reading, are_tags, entities_of, listed, named_tag, tags_as_named, types_of, words_of
-from engine.answers._schemes import OUTSIDE, Evidence, labels_of, marks_entities, parse, tags_of
+from engine.answers._marks import are_tags, listed, types_of, words_of
+from engine.answers._schemes import OUTSIDE, labels_of, marks_entities, parse, tags_of
 from engine.answers._words import Encoded, Words
-from engine.answers.tagging import OUTPUT, TRANSITIONS
-from engine.data.cells import Cell, CellError, text_cell
+from engine.answers.tagging import TRANSITIONS
 from engine.data.columns import Proposal
 from engine.data.sources import placed
 from engine.errors import UserError, did_you_mean
-from engine.models.heads import HEAD_KEY
-from engine.tasks import FACTS, Example, Facts, TaskConfig
-from engine.tasks._texts import TextTask, cell_of, facts_in_order, file_of, keys_as_text, labels_as_settings
+from engine.models.heads import HEAD_KEY, TAGS_KEY
+from engine.tasks import FACTS, Example, Facts
+from engine.tasks._tags import TagsConfig
+from engine.tasks._texts import TextTask, facts_in_order, file_of, labels_as_settings
 
 if TYPE_CHECKING:
     import torch
@@ -45,113 +44,18 @@ TEXTS = ("text", "words", "tokens", "sentence", "form")
 """Names of columns that data sets have, likelier ones first."""
 
 
-def words_cell(value: Any) -> Any:
-    """Returns a text, or a list of words as it is."""
-    if not isinstance(value, (list, tuple)):
-        return text_cell(value)
-    text_cell(value)  # refuses what are no words
-    if any(not word.strip() for word in value):
-        raise CellError("holds a word without a character: leave it out, with its tag")
-    return list(value) or None
-
-
-class Config(TaskConfig):
+class Config(TagsConfig):
     """Tags of the words of a text, or the entities in it."""
 
     type: Literal["tagging"]
-    text: str = "text"
-    """Column of the text, or of a list of its words."""
-    label: str = "label"
-    """Column of the truth: a list of tags, one for each word, or of spans [start, end, type] of characters."""
-    names: dict[str, str] = {}
-    """Names to show instead of the file's tags or types, as in {PER: person}, or {"0": O, "1": B-PER} where tags are numbers."""
-    crf: bool = False
-    """Learn which tag follows which, too (a conditional random field), and take the best sequence of a sentence's tags."""
-    scheme: Literal["auto", "bio", "iob1", "bioes", "bmes", "bilou", "none"] = "auto"
-    """How the tags of the data mark entities; `auto`: seen in the training rows; `none`: they mark none, as parts of speech."""
-    learns: Literal["bio", "bioes"] = "bio"
-    """The tags that the model gives: beginning and inside, or also the end, and single words (more tags, more to learn)."""
-    stride: int | None = Field(None, ge=0)
-    """Tokens that neighbouring windows of a long row share; None: a quarter of max_length."""
-    borders: Literal["refuse", "widen"] = "refuse"
-    """A span that does not begin and end with words: name the first one and stop, or let them grow to whole words."""
-    overlaps: Literal["refuse", "longest"] = "refuse"
-    """Spans that share a word, of which only one can be learnt: name the first two and stop, or take the longest."""
-    unread: Literal["refuse", "skip"] = "refuse"
-    """A given word, or one of an entity, of which the tokenizer makes nothing (signs of format alone): name the first one and
-    stop, or learn nothing from it."""
     metric: Literal["f1", "f1_macro", "accuracy"] | None = None
     """Chooses the best weights; None: F1 of entities, or the accuracy of tags that mark none."""
-
-    _names = field_validator("names", mode="before")(lambda value: keys_as_text(value))
-
-    @property
-    def columns(self) -> dict[str, Cell]:
-        return {self.text: words_cell, self.label: cell_of(listed)}
-
-    def unlabelled(self, text: str) -> Row:
-        return {self.text: text}
-
-    def classes_of(self, row: Row) -> list[str]:
-        label = row.get(self.label) or []
-        if are_tags(label) and (self.scheme == "none" or not marks_entities(self.called(label))):
-            return sorted(set(self.called(label)))
-        return labels_of(sorted(set(types_of(label, self.names))), self.learns)
-
-    def called(self, tags: Sequence[str]) -> list[str]:
-        """Returns tags by their new names."""
-        return [named_tag(tag, self.names) for tag in tags]
-
-    def class_name(self, name: str) -> str:
-        return named_tag(name, self.names)
-
-    def source_of(self, rows: Sequence[Row]) -> str | None:
-        """Returns the scheme of the tags of rows; None where they mark no entities, `bio` where rows hold spans alone.
-
-        Raises:
-            UserError: tags that are numbers without names, or that mark no entities where spans do.
-        """
-        evidence, spans = Evidence(), False
-        for row in rows:
-            label = row[self.label]
-            if are_tags(label):
-                evidence.add(self.called(label))
-            spans = spans or bool(label and not are_tags(label))
-        column = f"{file_of(rows)}column '{self.label}'"
-        if evidence.tags and all(tag.isdigit() for tag in evidence.tags):
-            raise UserError(f"{column} holds numbers for tags: name them (task.names: {{0: O, 1: …}})")
-        found = {"auto": evidence.scheme, "none": None}.get(self.scheme, self.scheme)
-        if spans and evidence.tags and found is None:
-            raise UserError(f"{column} holds spans in some rows, and tags that mark none in others")
-        return "bio" if spans and not evidence.tags else found
-
-    def check_length(self, max_length: int) -> None:
-        if self.stride is not None and self.stride >= max_length:
-            raise UserError(f"task.stride={self.stride}: windows of max_length={max_length} tokens cannot share as many")
 
     def check_metric(self, marks: bool) -> None:
         """Raises UserError when the metric is none of tags that mark entities, or of such that mark none."""
         fitting, what = (("f1", "f1_macro"), "mark") if marks else (("accuracy", "f1_macro"), "do not mark")
         if self.metric is not None and self.metric not in fitting:
             raise UserError(f"task.metric={self.metric}: these tags {what} entities: take {' or '.join(fitting)}")
-
-    def check_rows(self, rows: Sequence[Row], complete: bool) -> None:
-        """Looks at the truth of the training rows.
-
-        Raises:
-            UserError: tags that break their scheme, spans that are not at words; names file and line of the first.
-        """
-        source = self.source_of(rows)
-        if source is not None or complete:
-            self.check_metric(source is not None)
-        for row in rows:
-            label = row[self.label]
-            with placed(row):
-                words = words_of(row, self.text, self.label)
-                if source is None:
-                    tags_as_named(label, words, self.names)
-                else:
-                    entities_of(label, words, Reading(source, self.names, self.borders == "widen", self.overlaps == "longest"))
 
     @classmethod
     def propose(cls, table: Table, given: dict[str, str]) -> Proposal | None:
@@ -193,6 +97,10 @@ def _holds_marks(value: Any) -> bool:
     return marks_entities(marks) or all(mark == OUTSIDE or mark.isupper() for mark in marks)
 
 
+class UnseenError(UserError):
+    """A truth that no training row has."""
+
+
 class Task(TextTask):
     """The tagging task. Facts: `labels`, the tags by id; `marks`, the scheme of entities or None; `source`, the data's."""
 
@@ -200,16 +108,16 @@ class Task(TextTask):
     says = "a model that tags words"
     aligned = True
 
-    def __init__(self, config: Config, facts: Facts, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, config: TagsConfig, facts: Facts, tokenizer: Any, max_length: int) -> None:
         try:
             super().__init__(config, facts, tokenizer, max_length)
         except ValueError as error:
             raise UserError(f"task.type={config.type}: {error}") from None
         config.check_metric(facts["marks"] is not None)
-        self.outputs = [OUTPUT, TRANSITIONS] if config.crf else [OUTPUT]
+        self.outputs = [self.answers.SCORES, *([TRANSITIONS] if config.crf else [])]
 
     @classmethod
-    def learn(cls, config: Config, rows: Sequence[Row]) -> Facts:
+    def learn(cls, config: TagsConfig, rows: Sequence[Row]) -> Facts:
         """Returns the tags of the training rows, and how they mark entities.
 
         Raises:
@@ -231,7 +139,7 @@ class Task(TextTask):
         return facts_in_order(facts, own)
 
     @classmethod
-    def recall(cls, config: Config, model: Any) -> Facts:
+    def recall(cls, config: TagsConfig, model: Any) -> Facts:
         labels = [config.class_name(model.id2label[index]) for index in range(model.num_labels)]
         has = getattr(model, HEAD_KEY, None) == CRF
         if has != config.crf:
@@ -247,7 +155,8 @@ class Task(TextTask):
         return {"labels": labels, "marks": scheme, "source": source}
 
     def settings(self) -> dict[str, Any]:
-        return {**labels_as_settings(self.facts["labels"]), HEAD_KEY: CRF if self.config.crf else None, **self.kept}
+        part = {HEAD_KEY: CRF if self.config.crf else None, TAGS_KEY: len(self.answers.tags)}
+        return {**labels_as_settings(self.facts["labels"]), **part, **self.kept}
 
     @property
     def notes(self) -> list[str]:
@@ -262,7 +171,7 @@ class Task(TextTask):
         """Returns the tag of each word.
 
         Raises:
-            UserError: a tag that training never saw.
+            UnseenError: a tag that training never saw.
             RowError: no truth that can be read, see `engine.answers.tagging`.
         """
         words = self.answers.words(row)
@@ -274,7 +183,7 @@ class Task(TextTask):
             tags = tags_of(self.answers.entities(row, words), len(words.places), self.answers.scheme)
         for tag in tags:
             if tag not in self.number:
-                raise UserError(f"tag '{tag}' is none of the training rows{did_you_mean(tag, list(self.number))}")
+                raise UnseenError(f"tag '{tag}' is none of the training rows{did_you_mean(tag, self.answers.tags)}")
         return [self.number[tag] for tag in tags]
 
     @functools.cached_property
@@ -295,12 +204,16 @@ class Task(TextTask):
             with placed(row):
                 label_W = np.asarray(self.target_of(row), dtype=np.int64)
                 self._require_read(row, encoded, label_W)
+                beside = {**self.beside(row), "id": self.answers.identity(row)}
             self.windows += len(encoded.windows) - 1
-            name = self.answers.identity(row)
-            examples += [self._window(encoded, number, label_W, name) for number in range(len(encoded.windows))]
+            examples += [{**self._window(encoded, number, label_W), **beside} for number in range(len(encoded.windows))]
         return examples
 
-    def _window(self, encoded: Encoded, number: int, label_W: np.ndarray, name: str) -> Example:
+    def beside(self, row: Row) -> Example:
+        """Returns what the examples of all windows of a row hold beside its words."""
+        return {}
+
+    def _window(self, encoded: Encoded, number: int, label_W: np.ndarray) -> Example:
         window, mine = encoded.windows[number], np.flatnonzero(encoded.window_V == number)
         real = np.flatnonzero(window.attention_mask)
         part = slice(real[0], real[-1] + 1)
@@ -311,7 +224,6 @@ class Task(TextTask):
             "firsts": (encoded.position_V[mine] - real[0]).tolist(),
             "label": label_W[encoded.word_V[mine]].tolist(),
             "whole": [int(place in mine) for place in (0, last)],
-            "id": name,
         }
 
     def _require_read(self, row: Row, encoded: Encoded, label_W: np.ndarray) -> None:
@@ -345,18 +257,18 @@ class Task(TextTask):
 
     def named(self, output: Any) -> Batch:
         """Returns the scores of the tags of every token, shape (B, L, C), and of a CRF's transitions, (B, C + 2, C), float32."""
-        outputs = {OUTPUT: output.logits.float()}
+        outputs = {self.answers.SCORES: output.logits[..., : len(self.answers.tags)].float()}
         return {**outputs, TRANSITIONS: output[CRF].float()} if self.config.crf else outputs
 
     @property
     def graphs(self) -> dict[str, Any]:
-        return {name: replace(graph, of_tokens=frozenset({OUTPUT})) for name, graph in super().graphs.items()}
+        return {name: replace(graph, of_tokens=frozenset({self.answers.SCORES})) for name, graph in super().graphs.items()}
 
     def loss_of(self, outputs: Batch, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross entropy of the tags, or the negative log-likelihood of a CRF: (sum in nats, number of labelled words)."""
         from torch.nn import functional
 
-        emissions_BWC, labels_BW = _at_words(outputs, batch), batch["labels"]
+        emissions_BWC, labels_BW = _at_words(outputs[self.answers.SCORES], batch), batch["labels"]
         count = (labels_BW >= 0).sum()
         if not self.config.crf:
             return functional.cross_entropy(emissions_BWC.flatten(0, 1), labels_BW.flatten(), reduction="sum"), count
@@ -375,7 +287,7 @@ class Task(TextTask):
         """
         import torch
 
-        emissions_BWC = _at_words(outputs, batch) / temperature
+        emissions_BWC = _at_words(outputs[self.answers.SCORES], batch) / temperature
         if self.config.crf:
             from engine.models.crf import log_marginals
 
@@ -392,7 +304,6 @@ class Task(TextTask):
         return temperature**2 * functional.kl_div(own_BWC, target_BWC, reduction="sum", log_target=True)
 
 
-def _at_words(outputs: Batch, batch: Batch) -> torch.Tensor:
+def _at_words(logits_BLC: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Returns the scores at the first tokens of the words, shape (B, W, C)."""
-    logits_BLC = outputs[OUTPUT]
     return logits_BLC.gather(1, batch["firsts"][..., None].expand(-1, -1, logits_BLC.shape[2]))

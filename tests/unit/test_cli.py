@@ -58,7 +58,7 @@ BAD_RECIPES = {
         {"t": {"finetune": finetune_section(task={"type": "clasify"})}},
         None,
         ":",
-        "unknown task 'clasify' (known: classification, multi_label, ",
+        "unknown task 'clasify' (known: classification, ",
     ),
     "unknown model": ({"teacher": {"finetune": finetune_section(model="modle")}}, None, ":", "model 'modle' is no stage"),
     "unknown ZeRO name": ({"teacher": {"finetune": finetune_section(parallel="zero9")}}, None, ":", "did you mean 'zero"),

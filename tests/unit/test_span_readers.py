@@ -177,3 +177,47 @@ def test_numbers_of_tags_in_lists_become_their_names(tmp_path):
     made.to_parquet(tmp_path / "a.parquet")
     for source in (tmp_path / "saved", tmp_path / "a.parquet"):
         assert [row for _, row in find_layout(source).rows()] == [{"tokens": ["in", "Berlin"], "ner_tags": ["O", "B-LOC"]}]
+
+
+def write_aligned(directory, words="play it\n\nlet it be\n", tags="O B-x\n\nB-x I-x I-x\n", label="play\n\nstop#play"):
+    """A directory as ATIS and SNIPS come; None leaves a file out."""
+    directory.mkdir(exist_ok=True)
+    for name, text in (("seq.in", words), ("seq.out", tags), ("label", label)):
+        if text is not None:
+            (directory / name).write_text(text)
+    return directory
+
+
+def test_words_tags_and_intents_lie_in_three_files_of_a_directory(tmp_path):
+    layout = find_layout(write_aligned(tmp_path / "train"))
+    assert (
+        layout.describe == "line-aligned text: tokens from seq.in (utf-8), slots from seq.out (utf-8), intent from label (utf-8)"
+    )
+    assert list(layout.rows()) == [
+        (1, {"tokens": ["play", "it"], "slots": ["O", "B-x"], "intent": "play"}),
+        (3, {"tokens": ["let", "it", "be"], "slots": ["B-x", "I-x", "I-x"], "intent": "stop#play"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": None}, "label: no such file: seq.in, seq.out, label belong together line by line"),
+        ({"label": "play\n"}, "label:1: ends here, but {0}/seq.in goes on: line by line they must belong together"),
+        ({"words": "play it\n"}, "seq.in:1: ends here, but {0}/seq.out goes on: line by line they must belong together"),
+        ({"tags": "O B-x\n\nB-x I-x\n"}, "seq.out:3: 2 tags for the 3 words in seq.in"),
+    ],
+)
+def test_files_that_do_not_belong_together_are_refused_with_file_and_line(tmp_path, changes, message):
+    with pytest.raises(UserError) as error:
+        list(find_layout(write_aligned(tmp_path / "train", **changes)).rows())
+    assert str(error.value) == f"{tmp_path / 'train'}/{message.format(tmp_path / 'train')}"
+
+
+def test_such_a_directory_has_no_other_format(tmp_path):
+    for options, message in (
+        ({"format": "csv"}, "format: csv: a directory with seq.in"),
+        ({"split": "train"}, "split means nothing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            find_layout(write_aligned(tmp_path / "train"), FormatConfig(**options))

@@ -9,6 +9,7 @@ import io
 from pathlib import Path
 
 from engine.data.readers.aligned import Aligned
+from engine.data.readers.atis import Atis
 from engine.data.readers.base import FormatConfig, Head, Layout, Row
 from engine.data.readers.cluener import Cluener
 from engine.data.readers.conll import Conll
@@ -47,7 +48,8 @@ def find_layout(source: Path | str | dict[str, Path], options: FormatConfig | No
     """Returns how a file is to be read.
 
     Args:
-        source: a file, a directory that `datasets` has saved, `hub:NAME`, or {column: file} of line-aligned files.
+        source: a file, a directory with `seq.in` or that `datasets` has saved, `hub:NAME`, or {column: file} of line-aligned
+            files.
         options: what is known already.
 
     Raises:
@@ -59,6 +61,11 @@ def find_layout(source: Path | str | dict[str, Path], options: FormatConfig | No
         if options.format not in (None, "lines"):
             raise UserError(f"format: {options.format}: files that belong together line by line are plain text: remove it")
         return Aligned({column: read_head(path, options) for column, path in source.items()}, options)
+    if isinstance(source, Path) and Atis.lies_in(source):
+        _refuse_others(Atis, options, source)
+        if options.format is not None:
+            raise UserError(f"{source}: format: {options.format}: a directory with seq.in is read as it is: remove it")
+        return Atis({column: read_head(path, options) for column, path in Atis.files(source).items()}, options)
     if isinstance(source, str) or source.is_dir():
         _refuse_others(Hub, options, source)
         return Hub(source, options)
