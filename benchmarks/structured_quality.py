@@ -1,8 +1,8 @@
-"""F1 of entities on public sets, without and with a CRF, and of answers to questions, each judged once on its test rows.
+"""Entities on public sets, without and with a CRF, intents and slots, and answers to questions, each judged once on test rows.
 
-The sets are not part of this project: `--data DIR` names a directory with wnut17/ and squad_by_article/ (SQuAD 1.1 cut by
-articles), and cluener/ for `--multilingual MODEL`, in their own formats. `--only NAME` measures one of them and keeps the figures
-of the same commit.
+The sets are not part of this project: `--data DIR` names a directory with wnut17/, snips/ and squad_by_article/ (SQuAD 1.1 cut
+by articles), and cluener/ for `--multilingual MODEL`, in their own formats. `--only NAME` measures one of them and keeps the
+figures of the same commit.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.figures import Figure, figure, head, merge_result
 from benchmarks.finetune_quality import MODEL, Case, arguments, run_stage
 from engine.errors import UserError, did_you_mean
-from engine.intervals import Interval
+from engine.intervals import Interval, accuracy_interval
 
 TAGGING: dict[str, Any] = {"type": "tagging", "unread": "skip"}
 SETS = {
@@ -25,6 +27,15 @@ SETS = {
         6,
         learning_rate=1e-4,
         metric="f1",
+    ),
+    "snips": Case(
+        {"type": "intent_slots", "crf": True, "unread": "skip", "metric": "slot_f1"},
+        "snips/train.jsonl",
+        "snips/test.jsonl",
+        10,
+        learning_rate=3e-4,
+        metric="slot_f1",
+        max_length=64,
     ),
     "squad_cut": Case(
         {"type": "question_answering"},
@@ -41,9 +52,12 @@ HEADS = {"f1_softmax": ({"crf": False}, "f1"), "f1_crf": ({"crf": True}, "f1")}
 FIGURES: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
     "wnut17": HEADS,
     "cluener": HEADS,
+    "snips": {"intent": ({}, "intent_accuracy"), "slot_f1": ({}, "slot_f1"), "exact": ({}, "exact")},
     "squad_cut": {"f1": ({}, "f1"), "em": ({}, "exact_match")},
 }
 """Of each set: {figure: (what it changes in the task, the metric that it is)}; equal changes are trained once."""
+SHARES = ("exact", "intent_accuracy")
+"""Metrics that are shares of right rows."""
 
 
 def measured(case: Case, data: Path, model: str, changes: dict[str, Any], metric: str, runs: Path, name: str) -> Figure:
@@ -52,8 +66,11 @@ def measured(case: Case, data: Path, model: str, changes: dict[str, Any], metric
     run = "_".join(["structured", name, *(f"{key}_{value}" for key, value in changes.items())])
     metrics = run_stage(section, runs, run)["metrics"]["test"]
     ends = [metrics[f"{metric}_{end}"] for end in ("low", "high") if f"{metric}_{end}" in metrics]
+    rows = int(metrics["examples"])
     value = Interval(metrics[metric], *ends) if ends else metrics[metric]
-    return figure(value, "%", int(metrics["examples"]))
+    if metric in SHARES:
+        value = accuracy_interval(np.arange(rows) < round(rows * metrics[metric] / 100))
+    return figure(value, "%", rows)
 
 
 def main(argv: list[str]) -> None:
