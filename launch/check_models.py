@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.config import ModelRef, TokenizerRef, references
 from engine.errors import UserError
-from engine.models.facts import ModelFiles, class_names, listed, named, names_hint, read_json
+from engine.models.facts import ModelFiles, class_names, listed, named, names_hint, other_head, read_json
 from engine.objectives import Objective, objective_class
 from engine.stage import Stage, read_stage
 from engine.tasks import task_class
@@ -67,6 +67,8 @@ def _check_model(files: ModelFiles, stage: Stage[Any], key: str, reference: Mode
         _check_weights(files, own)
         called = [stage.config.task.class_name(name) for name in own or []]
         notes = _class_notes(files, called, classes, trained) if called else []
+        other = other_head(files.config, task.head.removeprefix("AutoModel"))
+        notes += [f"its head is that of a {other}: a new head"] if other else []
     return [*notes, *_vocabulary_notes(files, trained)]
 
 

@@ -16,6 +16,7 @@ from engine.models.weights import TensorHeader, read_headers, refuse_pointer
 _UNNAMED = re.compile(r"LABEL_\d+")
 _EMBEDDING = re.compile(r"(^|\.)(word_embeddings?|embed_tokens|tok_embeddings|wte|shared)\.weight$")
 _HEAD = re.compile(r"^(classifier(\.out_proj)?|classification_head\.out_proj|score|logits_proj)\.weight$")
+_TASK_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice")
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json")
 """Files from which a fast tokenizer is read as they are."""
 SENTENCEPIECE = ("spm.model", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
@@ -51,6 +52,16 @@ def class_names(config: dict[str, Any], head: str) -> list[str] | None:
     if not isinstance(names, dict) or not names:  # what transformers leaves out of the file
         return [f"LABEL_{index}" for index in range(int(config.get("num_labels", 2)))]
     return [str(names[key]) for key in sorted(names, key=int)]
+
+
+def other_head(config: dict[str, Any], head: str) -> str | None:
+    """Returns the class of a model whose head was trained for another kind of task; None where there is no such head.
+
+    Args:
+        head: as for `class_names`.
+    """
+    names = [str(name) for name in config.get("architectures") or []]
+    return next((name for name in names if name.endswith(_TASK_HEADS) and not name.endswith(head)), None)
 
 
 def named(classes: Sequence[str]) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from engine.errors import UserError
 from engine.models import load_model, read_config
-from engine.models.facts import listed, named, names_hint
+from engine.models.facts import listed, named, names_hint, other_head
 from engine.models.heads import fit_part
 from engine.tasks import Task, own_classes
 
@@ -39,7 +39,8 @@ def load_fitting(path: Path | str, task: Task, attention: str | None = None, ran
         UserError: see `load_model`.
     """
     settings = task.settings()
-    own = None if random else own_classes(task.config, read_config(path))
+    about = read_config(path)
+    own = None if random else own_classes(task.config, about)
     labels = [name for _, name in sorted(settings.get("id2label", {}).items())]
     fits = own is None or not labels or own == labels
     model = load_model(path, task.head, attention, settings if fits else without(settings, LABELS), random)
@@ -50,6 +51,10 @@ def load_fitting(path: Path | str, task: Task, attention: str | None = None, ran
             setattr(model.config, key, value)
         same = own is not None and sorted(own) == sorted(labels)
         fit_part(model, torch.tensor([own.index(label) for label in labels]) if own and same else None)
+    other = None if random else other_head(about.to_dict(), task.head.removeprefix("AutoModel"))
+    if other:
+        renew_head(model)
+        said = [f"a new head: the one that it has is that of a {other}"]
     return model, [*said, *fit_tokenizer(model, task.tokenizer)]
 
 
@@ -105,16 +110,14 @@ def fit_head(model: Any, own: Sequence[str], labels: Sequence[str]) -> str | Non
     """
     if list(own) == list(labels):
         return None
-    holder, attribute, layer = output_layer(model, len(own))
+    _, _, layer = output_layer(model, len(own))
     if sorted(own) == sorted(labels):
         order = torch.tensor([list(own).index(label) for label in labels])
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.copy_(parameter[order])
         return f"the rows of its head are put in the order {listed(labels)}"
-    new = torch.nn.Linear(layer.in_features, len(labels), bias=layer.bias is not None)
-    model._init_weights(new)
-    setattr(holder, attribute, new)
+    renew_head(model, len(own), len(labels))
     for module in (model, model.base_model):
         if hasattr(module, "num_labels"):
             module.num_labels = len(labels)
@@ -122,6 +125,19 @@ def fit_head(model: Any, own: Sequence[str], labels: Sequence[str]) -> str | Non
     unnamed = len(own) == len(labels) and not named(own)
     hint = f" (to keep it, name its classes: {names_hint(own, labels)})" if unnamed else ""
     return f"a new head: its classes are {listed(own)}, those of the data {listed(labels)}{hint}"
+
+
+def renew_head(model: Any, classes: int | None = None, wanted: int | None = None) -> None:
+    """Draws the last linear layer of a head anew, in place.
+
+    Args:
+        classes: that it has; None: as many as the configuration says.
+        wanted: that it shall have; None: as many.
+    """
+    holder, attribute, layer = output_layer(model, classes or model.config.num_labels)
+    new = torch.nn.Linear(layer.in_features, wanted or layer.out_features, bias=layer.bias is not None)
+    model._init_weights(new)
+    setattr(holder, attribute, new)
 
 
 def fit_tokenizer(model: Any, tokenizer: Any) -> list[str]:

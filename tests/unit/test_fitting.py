@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from engine.errors import UserError
 from engine.models import load_tokenizer
-from engine.models.fitting import fit_head, fit_tokenizer, output_layer
-from tests.unit.models import tiny_classifier, tiny_tokenizer
+from engine.models.fitting import fit_head, fit_tokenizer, load_fitting, output_layer
+from engine.tasks import tagging
+from tests.unit.models import classification_task, tiny_classifier, tiny_tokenizer
 
 SHAPE = {
     "vocab_size": 64,
@@ -150,3 +151,18 @@ def test_a_tokenizer_without_padding_pads_with_its_end_of_text_and_the_model_kno
 def test_a_tokenizer_with_no_token_to_spare_is_refused(tmp_path):
     with pytest.raises(UserError, match="no padding token and no end-of-text token"):
         load_tokenizer(without_padding(tmp_path))
+
+
+def test_a_head_that_was_trained_for_another_kind_of_task_is_not_taken_for_this_one(tmp_path):
+    """Three classes of texts and three tags of words have heads of the same name and shape."""
+    tokenizer = tiny_tokenizer(tmp_path)
+    tiny_classifier(num_labels=3, vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    classes = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).classifier.weight
+    config = tagging.Config(type="tagging")
+    task = tagging.Task(config, {"labels": ["O", "B-A", "I-A"], "marks": "bio", "source": "bio"}, tokenizer, 16)
+    model, said = load_fitting(tmp_path, task)
+    assert said == ["a new head: the one that it has is that of a BertForSequenceClassification"]
+    assert model.classifier.weight.shape == classes.shape and not torch.equal(model.classifier.weight, classes)
+    model, said = load_fitting(tmp_path, classification_task(tmp_path, labels=("LABEL_0", "LABEL_1", "LABEL_2")))
+    assert said == [] and torch.equal(model.classifier.weight, classes)
