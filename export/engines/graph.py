@@ -72,7 +72,7 @@ def export_onnx(model: Any, graph: Graph) -> onnx.ModelProto:
     training, caching = model.training, getattr(model.config, "use_cache", False)
     model.eval()
     _linear_only(model)
-    with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
+    with warnings.catch_warnings(), _quiet("torch.onnx"), _quiet("onnxscript"), torch.no_grad():
         warnings.simplefilter("ignore")
         if caching:
             model.config.use_cache = False  # nothing comes after the one pass
@@ -142,7 +142,7 @@ def _forget_origin(model: onnx.ModelProto) -> None:
 
 
 class _quiet:  # noqa: N801 - reads as a statement
-    """Silences a logger for a while: the tracer reports operators of packages that are not installed."""
+    """Silences a logger for a while: the tracer reports what is not installed, its optimizer what stays as it is."""
 
     def __init__(self, name: str) -> None:
         self.logger = logging.getLogger(name)
