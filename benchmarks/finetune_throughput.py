@@ -94,6 +94,6 @@ def speed(data: Path, rounds: int) -> dict[str, Figure]:
     seconds = {name: np.asarray([result["seconds"] / rows[name] for result in results]) for name, results in found.items()}
     accuracy = {name: np.asarray([result["accuracy"] for result in results]) for name, results in found.items()}
     figures = {f"examples_over_hf_{name}": figure(ratio_interval(seconds[name], seconds[OURS]), "×", rounds) for name in PADDINGS}
-    gain = float((accuracy[OURS] - accuracy["grouped"]).mean())
+    gain = float((accuracy[OURS] - accuracy["dynamic"]).mean())
     figures["accuracy_difference_points"] = figure(gain, "points", rounds)
     return figures
