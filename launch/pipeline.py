@@ -107,9 +107,11 @@ def _run(chosen: list[Stage[Any]], restart: bool, console: Console, run: Callabl
 
 
 def _tidy(recipe: Recipe, stages: list[Stage[Any]]) -> None:
-    """Removes what stages share once none that trains is left to make."""
+    """Removes what stages share once every one that trains is there and none is at work."""
     shared = recipe.directory(SHARED)
-    if shared.exists() and all(stage.finished() for stage in stages if KINDS[stage.kind].trains):
+    if shared.exists() and all(
+        read_stage(stage.directory) and not stage.partial.exists() for stage in stages if KINDS[stage.kind].trains
+    ):
         shutil.rmtree(shared, ignore_errors=True)
 
 

@@ -134,10 +134,10 @@ class SourceRows:
                 count += 1
                 if self.source.limit is not None and self.kept >= self.source.limit:
                     return
-                placed = PlacedRow(row, layout.path, line)
-                if self._wanted(placed, seen, layout) and self._filled(placed, layout):
+                found = PlacedRow(row, layout.path, line)
+                if self._wanted(found, seen, layout) and self._filled(found, layout):
                     self.kept += 1
-                    yield placed
+                    yield found
             self.complete = self.complete and (self.lines is None or max(line, count) < self.lines)  # all may stand on one
         if self.kept == 0 and self.complete:
             raise UserError(f"{self.source.shown}: {self._nothing(seen)}: an empty data set cannot be used")

@@ -134,20 +134,17 @@ class TextTask(Task):
                 with placed(row):
                     if not len(real):
                         raise UserError(NO_TOKEN)
+                    target = self.target_of(row)
                 part = slice(real[0], real[-1] + 1)
                 examples.append(
                     {
                         "input_ids": encoding.ids[part],
                         "token_type_ids": encoding.type_ids[part],
-                        "label": self._placed_target(row),
+                        "label": target,
                         "id": identity(texts_of(row, self.answers.columns)),
                     }
                 )
         return examples
-
-    def _placed_target(self, row: Row) -> Any:
-        with placed(row):
-            return self.target_of(row)
 
     def collate(self, examples: list[Example]) -> Batch:
         """Pads examples to the longest: input_ids, attention_mask, token_type_ids (B, L); labels (B,)."""

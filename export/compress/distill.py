@@ -242,7 +242,8 @@ def teacher_outputs(
     from engine.data.ragged import RaggedArray, write_ragged
     from engine.evaluate import lessons_of
 
-    if not directory.exists():  # on a file system that all ranks see alike
+    # What the main rank sees holds for all: a stage beside this one may be making the same directory.
+    if not processes.gather(directory.exists())[0]:
         with torch.autocast(processes.device.type, torch.bfloat16, enabled=processes.precision == "bf16"):
             share = lessons_of(model.to(processes.device), task, examples, temperature, processes)
         shares = processes.gather(share)
