@@ -4,19 +4,12 @@ import json
 
 import pytest
 
-from engine.answers._batches import answer_all
-from engine.config import load_recipe
-from engine.data.rows import prepare_for_model
-from engine.evaluate import evaluating, torch_run
-from engine.models import load_model
-from engine.stage import Stage, read_stage
-from export.export import ExportConfig
+from engine.stage import read_stage
 from export.page import write_report
 from export.serving.bundle import Bundle, verify_bundle
-from launch.check import check_recipe
 from launch.cli import main
-from launch.recipe import load_stages
-from tests.recipes import run_here, train_section, write_commands, write_recipe
+from tests.recipes import train_section, write_commands
+from tests.serving.chains import answers_like_pytorch, prepared, run_stages, tensorrt_builds, whole_way
 from tests.serving.servers import CLIENTS, inputs, serving, texts
 from tests.serving.triton_server import triton, why_not
 
@@ -27,14 +20,7 @@ MAX_LENGTH = 24
 def stages_of(task):
     train = train_section(steps=80, learning_rate=3e-3, evaluate_every=40)
     short = train_section(steps=60, learning_rate=3e-3, evaluate_every=30)
-    return {
-        "teacher": {"finetune": {"model": "model", "task": task, "data": DATA, "max_length": MAX_LENGTH, "train": train}},
-        "student": {"distill": {"teacher": "teacher", "student": {"layers": 1}, "train": short}},
-        "slim": {"prune": {"model": "student", "heads": 2, "neurons": 32}},
-        "recovered": {"distill": {"teacher": "teacher", "student": {"model": "slim"}, "train": short}},
-        "int8": {"quantize": {"model": "recovered"}},
-        "engine": {"export": {"model": "int8", "baseline": "teacher", "threads": 1, "rounds": 5, "max_batch": 8}},
-    }
+    return whole_way(task, DATA, MAX_LENGTH, train, short)
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +28,7 @@ def chain(tmp_path_factory):
     """(recipe, run directory) after every stage has run in this process."""
     directory = tmp_path_factory.mktemp("slots")
     write_commands(directory / "rows", 240)
-    stages = stages_of({"type": "intent_slots", "crf": True})
-    recipe = write_recipe(directory, stages)
-    loaded = load_recipe(recipe)
-    check_recipe(loaded, load_stages(loaded))
-    for name in stages:
-        run_here(recipe, name, directory / "runs")
-    return recipe, directory / "runs" / "tiny"
-
-
-def prepared(chain, stage):
-    """The rows of the chain as a stage's model does the task."""
-    recipe, run = chain
-    loaded = load_recipe(recipe, [], run.parent)
-    return prepare_for_model(Stage(loaded, "engine", ExportConfig).config, loaded, run / stage)
+    return run_stages(directory, stages_of({"type": "intent_slots", "crf": True}))
 
 
 def as_texts(rows):
@@ -91,16 +64,9 @@ def test_one_graph_gives_intent_slots_and_transitions_of_the_tags_alone(chain):
 
 
 def test_the_bundle_verifies_and_its_answers_are_those_of_pytorch(chain):
-    _, run = chain
+    recipe, run = chain
     assert verify_bundle(run / "engine")["inputs"] > 20
-    data, bundle = prepared(chain, "recovered"), Bundle.open(run / "engine")
-    rows = data.rows["test"]
-    assert data.task.windows > 0
-    model = load_model(run / "recovered", data.task.head)
-    with evaluating(model):
-        expected = answer_all(data.task.answers, torch_run(model, data.task), rows, 16)
-    given = bundle.predict(list(rows))
-    assert data.task.answers.agreement(given, expected) >= 0.9
+    rows, bundle, given = answers_like_pytorch(recipe, run)
     assert told(bundle.predict([{"text": text} for text in as_texts(rows)])) == told(given)
 
 
@@ -117,23 +83,12 @@ def test_the_command_line_predicts_and_evaluates(chain, capsys):
 
 
 def test_tensorrt_builds_the_graph(chain):
-    pytest.importorskip("tensorrt_rtx", reason="the extra `rtx` is not installed")
-    import onnx
-
-    from export.compress.quantize import tensorrt_form
-    from export.engines.trt import Profile, build_engine, parse_network, quantized_matmuls, tensorrt_module
-
-    trt = tensorrt_module("tensorrt_rtx")
-    graph = tensorrt_form(onnx.load(chain[1] / "engine" / "models" / "tiny_core" / "1" / "model.onnx"))
-    parsed = parse_network(trt, graph.SerializeToString())
-    both, one = quantized_matmuls(trt, parsed.network)
-    assert both and not one
-    assert len(build_engine(trt, parsed, Profile(4, 8, 12, MAX_LENGTH))) > 10_000
+    tensorrt_builds(chain[1], MAX_LENGTH)
 
 
 def test_the_server_gives_the_answers_of_the_bundle_as_json(chain):
     _, run = chain
-    rows = as_texts(prepared(chain, "recovered").rows["test"][:12])
+    rows = as_texts(prepared(*chain[-2:], "recovered").rows["test"][:12])
     expected = told(Bundle.open(run / "engine").predict([{"text": text} for text in rows]))
     with serving(run / "engine") as server:
         status, answers = server.json("POST", "/predict", [{"text": text} for text in rows])
@@ -149,7 +104,7 @@ def test_real_tritonserver_gives_them_too(chain, tmp_path):
     if why_not():
         pytest.skip(why_not())
     _, run = chain
-    rows = [*as_texts(prepared(chain, "recovered").rows["test"][:6]), "", "good film " * 300]
+    rows = [*as_texts(prepared(*chain[-2:], "recovered").rows["test"][:6]), "", "good film " * 300]
     expected = Bundle.open(run / "engine").predict([{"text": text} for text in rows])
     with triton(run / "engine" / "models", tmp_path) as (http, _):
         client = CLIENTS["http"].InferenceServerClient(http)

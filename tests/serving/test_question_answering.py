@@ -5,17 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from engine.answers._batches import answer_all
-from engine.config import load_recipe
-from engine.data.rows import prepare_for_model
-from engine.evaluate import evaluating, torch_run
-from engine.models import load_model
-from engine.stage import Stage, read_stage
-from export.export import ExportConfig
+from engine.stage import read_stage
 from export.page import write_report
 from export.serving.bundle import Bundle, verify_bundle
 from launch.cli import main
-from tests.recipes import run_here, train_section, write_questions, write_recipe
+from tests.recipes import train_section, write_questions
+from tests.serving.chains import answers_like_pytorch, prepared, run_stages, tensorrt_builds, whole_way
 from tests.serving.servers import CLIENTS, inputs, serving
 from tests.serving.triton_server import triton, why_not
 
@@ -27,14 +22,7 @@ def stages():
     train = train_section(steps=60, learning_rate=3e-3, evaluate_every=30)
     short = train_section(steps=40, learning_rate=2e-3, evaluate_every=20)
     task = {"type": "question_answering", "max_answer": 4}
-    return {
-        "teacher": {"finetune": {"model": "model", "task": task, "data": DATA, "max_length": MAX_LENGTH, "train": train}},
-        "student": {"distill": {"teacher": "teacher", "student": {"layers": 1}, "hidden": 0.1, "train": short}},
-        "slim": {"prune": {"model": "student", "heads": 2, "neurons": 32}},
-        "recovered": {"distill": {"teacher": "teacher", "student": {"model": "slim"}, "train": short}},
-        "int8": {"quantize": {"model": "recovered"}},
-        "engine": {"export": {"model": "int8", "baseline": "teacher", "threads": 1, "rounds": 5, "max_batch": 8}},
-    }
+    return whole_way(task, DATA, MAX_LENGTH, train, short, hidden=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +30,7 @@ def chain(tmp_path_factory):
     """(recipe, run directory) after every stage has run in this process."""
     directory = tmp_path_factory.mktemp("questions")
     write_questions(directory / "rows.json", 240)
-    recipe = write_recipe(directory, stages())
-    for name in stages():
-        run_here(recipe, name, directory / "runs")
-    return recipe, directory / "runs" / "tiny"
-
-
-def prepared(chain, stage):
-    """The rows of the chain as a stage's model does the task."""
-    recipe, run = chain
-    loaded = load_recipe(recipe, [], run.parent)
-    return prepare_for_model(Stage(loaded, "engine", ExportConfig).config, loaded, run / stage)
+    return run_stages(directory, stages())
 
 
 def asked(rows):
@@ -86,39 +64,20 @@ def test_the_threshold_of_a_stage_goes_along_to_the_bundle(chain):
 
 
 def test_the_bundle_verifies_and_its_answers_are_those_of_pytorch(chain):
-    _, run = chain
+    recipe, run = chain
     assert verify_bundle(run / "engine")["inputs"] > 20
-    data, bundle = prepared(chain, "recovered"), Bundle.open(run / "engine")
-    rows = data.rows["test"]
-    assert data.task.windows > 0
-    model = load_model(run / "recovered", data.task.head)
-    with evaluating(model):
-        expected = answer_all(data.task.answers, torch_run(model, data.task), rows, 16)
-    given = bundle.predict(list(rows))
-    assert data.task.answers.agreement(given, expected) >= 0.9
+    rows, bundle, given = answers_like_pytorch(recipe, run)
     assert places(bundle.predict(asked(rows))) == places(given)
     assert {answer["answer"] == "" for answer in given} == {True, False}
 
 
 def test_tensorrt_builds_the_graph(chain):
-    pytest.importorskip("tensorrt_rtx", reason="the extra `rtx` is not installed")
-    import onnx
-
-    from export.compress.quantize import tensorrt_form
-    from export.engines.trt import Profile, build_engine, parse_network, quantized_matmuls, tensorrt_module
-
-    _, run = chain
-    trt = tensorrt_module("tensorrt_rtx")
-    graph = tensorrt_form(onnx.load(run / "engine" / "models" / "tiny_core" / "1" / "model.onnx"))
-    parsed = parse_network(trt, graph.SerializeToString())
-    both, one = quantized_matmuls(trt, parsed.network)
-    assert both and not one
-    assert len(build_engine(trt, parsed, Profile(4, 8, 12, MAX_LENGTH))) > 10_000
+    tensorrt_builds(chain[1], MAX_LENGTH)
 
 
 def test_a_bundle_and_a_model_are_judged_on_another_file_as_in_their_stages(chain, capsys):
     recipe, run = chain
-    data, stage = prepared(chain, "recovered"), read_stage(run / "recovered")
+    data, stage = prepared(*chain[-2:], "recovered"), read_stage(run / "recovered")
     lines = "".join(json.dumps(row) + "\n" for row in data.rows["test"])
     (recipe.parent / "test.jsonl").write_text(lines)
     capsys.readouterr()
@@ -135,7 +94,7 @@ def test_a_bundle_and_a_model_are_judged_on_another_file_as_in_their_stages(chai
 
 def test_the_server_gives_the_answers_of_the_bundle_as_json(chain):
     _, run = chain
-    rows = asked(prepared(chain, "recovered").rows["test"][:12])
+    rows = asked(prepared(*chain[-2:], "recovered").rows["test"][:12])
     expected = Bundle.open(run / "engine").predict(rows)
     with serving(run / "engine") as server:
         status, answers = server.json("POST", "/predict", rows)
@@ -154,7 +113,7 @@ def test_real_tritonserver_gives_them_too(chain, tmp_path):
     if why_not():
         pytest.skip(why_not())
     _, run = chain
-    rows = asked(prepared(chain, "recovered").rows["test"][:6])
+    rows = asked(prepared(*chain[-2:], "recovered").rows["test"][:6])
     rows += [{"question": "", "context": ""}, {"question": "a film", "context": "good film " * 300}]
     expected = Bundle.open(run / "engine").predict(rows)
     with triton(run / "engine" / "models", tmp_path) as (http, _):

@@ -8,15 +8,13 @@ import pytest
 import torch
 
 from engine.answers._batches import answer_all
-from engine.config import load_recipe
-from engine.data.rows import prepare_for_model
 from engine.evaluate import torch_run
 from engine.models import load_model
-from engine.stage import Stage, read_stage
-from export.export import ExportConfig
+from engine.stage import read_stage
 from export.page import write_report
 from export.serving.bundle import Bundle, verify_bundle
-from tests.recipes import ragged_rows, run_here, train_section, write_recipe, write_rows
+from tests.recipes import ragged_rows, train_section, write_rows
+from tests.serving.chains import prepared, run_stages, whole_way
 from tests.serving.servers import CLIENTS, inputs, serving
 from tests.serving.triton_server import triton, why_not
 
@@ -54,14 +52,7 @@ def stages_of(task):
     """The chain; task, data and length are said once."""
     train = train_section(steps=60, learning_rate=3e-3, evaluate_every=30)
     short = train_section(steps=20, evaluate_every=10)
-    return {
-        "teacher": {"finetune": {"model": "model", "task": task, "data": DATA, "max_length": 48, "train": train}},
-        "student": {"distill": {"teacher": "teacher", "student": {"layers": 1}, "train": short}},
-        "slim": {"prune": {"model": "student", "heads": 2, "neurons": 32}},
-        "recovered": {"distill": {"teacher": "teacher", "student": {"model": "slim"}, "train": short}},
-        "int8": {"quantize": {"model": "recovered"}},
-        "engine": {"export": {"model": "int8", "baseline": "teacher", "threads": 1, "rounds": 5, "max_batch": 8}},
-    }
+    return whole_way(task, DATA, 48, train, short)
 
 
 @pytest.fixture(scope="module", params=TASKS)
@@ -70,17 +61,7 @@ def chain(request, tmp_path_factory):
     task, rows_of = TASKS[request.param]
     directory = tmp_path_factory.mktemp(request.param)
     write_rows(directory / "rows.jsonl", rows_of(ragged_rows(240)))
-    recipe = write_recipe(directory, stages_of(task))
-    for name in stages_of(task):
-        run_here(recipe, name, directory / "runs")
-    return request.param, recipe, directory / "runs" / "tiny"
-
-
-def prepared(chain, stage):
-    """The rows of the chain as a stage's model does the task."""
-    _, recipe, run = chain
-    config = Stage(load_recipe(recipe, [], run.parent), "engine", ExportConfig).config
-    return prepare_for_model(config, load_recipe(recipe, [], run.parent), run / stage)
+    return request.param, *run_stages(directory, stages_of(task))
 
 
 def inputs_of(bundle, rows):
@@ -119,14 +100,14 @@ def test_what_was_learnt_beside_the_weights_goes_from_stage_to_stage_into_the_bu
     if task == "multi_label":
         assert facts["thresholds"] != [0.5, 0.5]
     if task == "regression":
-        rows = prepared(chain, "teacher").rows["train"]
+        rows = prepared(*chain[-2:], "teacher").rows["train"]
         np.testing.assert_allclose(facts["mean"], np.mean([[row["good"], row["words"]] for row in rows], axis=0))
 
 
 def test_the_bundle_verifies_and_its_answers_are_those_of_pytorch(chain):
     _, _, run = chain
     assert verify_bundle(run / "engine")["inputs"] > 20
-    data, bundle = prepared(chain, "recovered"), Bundle.open(run / "engine")
+    data, bundle = prepared(*chain[-2:], "recovered"), Bundle.open(run / "engine")
     model = load_model(run / "recovered", data.task.head).eval()
     with torch.no_grad():
         expected = answer_all(data.task.answers, torch_run(model, data.task), data.rows["test"], 16)
@@ -140,7 +121,7 @@ def test_the_bundle_verifies_and_its_answers_are_those_of_pytorch(chain):
 def test_the_server_gives_the_answers_of_the_bundle(chain):
     _, _, run = chain
     bundle = Bundle.open(run / "engine")
-    rows = inputs_of(bundle, prepared(chain, "recovered").rows["test"][:12])
+    rows = inputs_of(bundle, prepared(*chain[-2:], "recovered").rows["test"][:12])
     expected = bundle.predict(rows)
     with serving(run / "engine") as server:
         status, answers = server.json("POST", "/predict", rows)
@@ -165,7 +146,7 @@ def test_real_tritonserver_gives_them_too(chain, tmp_path):
         pytest.skip(why_not())
     _, _, run = chain
     bundle = Bundle.open(run / "engine")
-    rows = inputs_of(bundle, prepared(chain, "recovered").rows["test"][:6])
+    rows = inputs_of(bundle, prepared(*chain[-2:], "recovered").rows["test"][:6])
     expected = bundle.answers.tensors(bundle.predict(rows))
     arrays = {name.upper(): np.array([[row[name].encode()] for row in rows], dtype=object) for name in bundle.answers.columns}
     with triton(run / "engine" / "models", tmp_path) as (http, _):
