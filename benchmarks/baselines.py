@@ -20,7 +20,7 @@ from benchmarks.finetune_quality import MODEL, STAGE, Case, arguments, chosen_ca
 from engine.config import load_recipe
 from engine.errors import UserError
 from engine.intervals import accuracy_interval, median_interval
-from export.benchmark import Candidate, measure
+from export.engines.benchmark import Candidate, measure
 
 ROUNDS, TEXTS = 40, 500
 INT8, ENGINE = "int8", "engine"

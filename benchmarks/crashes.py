@@ -23,12 +23,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine import heartbeat
-from engine.checkpoint import MANIFEST, step_numbers
-from engine.distributed import free_port
 from engine.errors import USER_ERROR
-from engine.rank import read_records
-from engine.stage import hash_directory, read_stage
+from engine.stages import heartbeat
+from engine.stages.rank import read_records
+from engine.stages.stage import hash_directory, read_stage
+from engine.training.checkpoint import MANIFEST, step_numbers
+from engine.training.distributed import free_port
 from launch.operators import SHARED_MEMORY, prepare
 from launch.recipe import KINDS
 from launch.resume_check import differences, made
@@ -37,7 +37,7 @@ from tests.recipes import finetune_section, pretrain_section, ragged_rows, train
 STEPS = 24
 KINDS_OF = {"base": "pretrain", "teacher": "finetune"}
 PRELOADED = ["deepspeed", "accelerate", "transformers", "torch.utils.tensorboard"]
-PRELOADED += ["engine.pretrain", "engine.finetune", "engine.loop"]
+PRELOADED += ["engine.pretrain", "engine.finetune", "engine.training.loop"]
 PATIENCE = 120.0
 """Seconds after which a run that should have ended counts as failed."""
 SURVIVOR = 5.0

@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.figures import ROOT, Figure, figure, head, write_result
 from engine.errors import UserError
 from engine.intervals import Interval, paired_bootstrap_drop
-from export.report import report_json
+from export.report.figures import report_json
 
 RUN = Path("runs", "demo")
 PRETRAINED, RANDOM = "downstream_pretrained", "downstream_random"

@@ -16,8 +16,8 @@ from typing import Any
 
 from engine.errors import USER_ERROR, UserError
 from engine.terminal import printing
-from export.page import write_report
-from export.report import Run, judged, read_run
+from export.report.figures import Run, judged, read_run
+from export.report.page import write_report
 
 QUESTION = "a warm , funny and beautifully acted film that stays with you"
 START_SECONDS = 120

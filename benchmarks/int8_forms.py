@@ -106,8 +106,8 @@ def on_emulated_cpu(stage: Path, rows: list[dict[str, np.ndarray]], labels_N: np
 
 def speeds(stages: dict[str, Path], rows: list[dict[str, np.ndarray]]) -> dict[str, Figure]:
     """Returns the time of the portable form over that of the other: rows alone at their own lengths, and batches of 32 × 128."""
-    from export.benchmark import Candidate, measure
     from export.compress.quantize import graph_file
+    from export.engines.benchmark import Candidate, measure
     from export.engines.ort import OrtEngine
 
     engines = {form: OrtEngine(stages[form] / graph_file("model"), 2, wide=form == "8bit") for form in FORMS}

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine import heartbeat
-from engine.rank import read_records
+from engine.stages import heartbeat
+from engine.stages.rank import read_records
 
 HOSTS = ("a", "b")
 PROGRAM = ("-m", "launch.cli")

@@ -21,7 +21,7 @@ from benchmarks.figures import ROOT, figure, head, write_result
 from engine.config import load_recipe
 from engine.intervals import median_interval, ratio_interval
 from engine.pretrain import PretrainConfig
-from engine.stage import Stage, stage_main
+from engine.stages.stage import Stage, stage_main
 
 STAGE = "pretrained"
 TOTAL_STEPS = 100_000
@@ -42,7 +42,7 @@ def bare_loop(fit: Any, steps: range) -> None:
 
 def measure(fit: Any) -> dict[str, Any]:
     """Returns the seconds of blocks of steps, of saves and of resumes, on this rank."""
-    from engine.checkpoint import TrainState
+    from engine.training.checkpoint import TrainState
 
     fit.tracker.start(None)
     fit.evaluate_every = fit.checkpoint_every = 10 * TOTAL_STEPS
@@ -101,7 +101,8 @@ def _resume(fit: Any, step: int, timed: Any) -> float:
 
 def run(stage: Stage[PretrainConfig]) -> None:
     """Measures on this rank in place of training."""
-    from engine import loop, pretrain
+    from engine import pretrain
+    from engine.training import loop
 
     def measured(self: Any) -> None:
         result = measure(self)

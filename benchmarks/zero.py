@@ -22,8 +22,8 @@ import yaml
 from benchmarks.figures import HERE, ROOT, Figure, figure, head, merge_result
 from engine.config import load_recipe
 from engine.errors import UserError
-from engine.stage import Stage
-from engine.zero import read_zero_config, zero_config_of
+from engine.stages.stage import Stage
+from engine.training.zero import read_zero_config, zero_config_of
 from launch.local import command
 from launch.operators import needed_operators, prepare
 from launch.recipe import KINDS

@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine.rank import die_with_parent
-from engine.stage import Stage, stage_main
+from engine.stages.rank import die_with_parent
+from engine.stages.stage import Stage, stage_main
 
 
 def losses() -> None:
     """Runs the stage as it is, but logs every step; a run that should swap to a disk and does not is an error."""
-    from engine import distributed, loop, pretrain
+    from engine import pretrain
+    from engine.training import distributed, loop
 
     loop.LOG_EVERY = 1
     close = distributed.Processes.close
@@ -38,7 +39,7 @@ def memory(stage: Stage[Any]) -> None:
     """
     import torch
 
-    from engine.distributed import Processes, Trainer
+    from engine.training.distributed import Processes, Trainer
 
     processes = Processes(stage.config, stage.recipe, stage.partial)
     warm_up(None if processes.parallel is None else json.loads(processes.parallel.read_text())["zero_optimization"]["stage"])

@@ -23,7 +23,7 @@ from engine.inheritance import INHERITED, Inheritance, inherit
 from engine.problems import worst_problem
 from engine.recipe_yaml import AS_WRITTEN, RecipeLoader, key_lines
 from engine.seeds import SeedsError, expand_seeds
-from engine.zero_files import find_zero_config
+from engine.training.zero_files import find_zero_config
 
 
 class Strict(BaseModel):

@@ -10,16 +10,16 @@ from typing import Any, Protocol
 
 import torch
 
-from engine import heartbeat
 from engine.answers import Answer, Arrays, Row, Run
 from engine.answers._batches import MASK, Recorder, answer_all
 from engine.data.batches import EVALUATION_BATCH, batches_by_length
 from engine.data.stored import lengths_of
+from engine.stages import heartbeat
 from engine.tasks import Example, Task
 
 
 class Ranks(Protocol):
-    """Those who share the work: the ranks of a stage (engine.distributed.Processes), or one process alone."""
+    """Those who share the work: the ranks of a stage (engine.training.distributed.Processes), or one process alone."""
 
     rank: int
     processes: int

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from engine import heartbeat
 from engine.config import ModelRef
 from engine.data.splits import DataConfig
-from engine.stage import Stage, stage_main
+from engine.stages import heartbeat
+from engine.stages.stage import Stage, stage_main
 from engine.tasks import AnyTask
-from engine.train_config import Trained
+from engine.training.config import Trained
 
 if TYPE_CHECKING:
     from engine.answers import Row
-    from engine.checkpoint import TrainState
     from engine.data.rows import Prepared
-    from engine.distributed import Processes
-    from engine.loop import Judge
     from engine.tasks import Facts
+    from engine.training.checkpoint import TrainState
+    from engine.training.distributed import Processes
+    from engine.training.loop import Judge
 
 
 class FinetuneConfig(Trained):
@@ -54,12 +54,12 @@ def run(stage: Stage[FinetuneConfig]) -> None:
     import torch
 
     from engine.data.rows import LabelledBatches, prepare_on_disk
-    from engine.distributed import Processes
-    from engine.loop import Fit
     from engine.models import check_length, load_tokenizer, read_config, set_dropout
     from engine.models.fitting import load_fitting
     from engine.randomness import torch_seed
     from engine.tasks import own_classes, task_class
+    from engine.training.distributed import Processes
+    from engine.training.loop import Fit
 
     started = time.monotonic()
     about, random = read_config(path), config.initialize == "random"
@@ -95,7 +95,7 @@ def run(stage: Stage[FinetuneConfig]) -> None:
 
 def judge_of(data: Prepared) -> Judge:
     """Returns how the progress of a fine-tuned model is measured: by the task's own metric on the validation rows."""
-    from engine.loop import Judge
+    from engine.training.loop import Judge
 
     metric = data.task.answers.metric
     return Judge(data.progress, metric.name, metric.higher_is_better, data.probe)
@@ -132,8 +132,8 @@ def hand_over(
         RuntimeError: the re-opened model gives other logits: the saved weights are not those of the run.
     """
     from engine.evaluate import evaluate
-    from engine.loop import same_logits
     from engine.models import load_model, size_of
+    from engine.training.loop import same_logits
 
     heartbeat.beat("finish")
     model = load_model(weights, data.task.head).to(processes.device)

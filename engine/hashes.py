@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 
-from engine import heartbeat
+from engine.stages import heartbeat
 
 FILE = "hashes.json"
 """In the directory of the ranks' records."""

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine import heartbeat
 from engine.answers import Answer, Answers, Row
 from engine.errors import UserError, did_you_mean
 from engine.intervals import Interval, accuracy_interval, bootstrap_metrics
+from engine.stages import heartbeat
 
 LENGTH = "length"
 """A slice by the tokens of a row, unless a column is called so."""

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from engine import heartbeat
 from engine.config import Strict, TokenizerRef
 from engine.data.splits import DataConfig
 from engine.models import ScratchConfig
 from engine.objectives import AnyObjective, default_objective, objective_class
-from engine.stage import Stage, stage_main
-from engine.train_config import Trained
+from engine.stages import heartbeat
+from engine.stages.stage import Stage, stage_main
+from engine.training.config import Trained
 
 if TYPE_CHECKING:
     from engine.data.corpus import Corpus
     from engine.data.packed import PackedBatches
-    from engine.distributed import Processes
+    from engine.training.distributed import Processes
 
 
 class NewTokenizer(Strict):
@@ -81,11 +81,11 @@ def run(stage: Stage[PretrainConfig]) -> None:
     import torch
 
     from engine.data.packed import PackedBatches
-    from engine.distributed import Processes
     from engine.finetune import saver
-    from engine.loop import Fit, Judge
     from engine.models import build_model, load_tokenizer, set_dropout
     from engine.randomness import torch_seed
+    from engine.training.distributed import Processes
+    from engine.training.loop import Fit, Judge
 
     started = time.monotonic()
     chosen = objective_class(config.objective)
@@ -126,8 +126,8 @@ def _publish(
     corpora: dict[str, dict[str, int]],
 ) -> None:
     from engine.evaluate import ALONE
-    from engine.loop import same_logits
     from engine.models import load_model, size_of
+    from engine.training.loop import same_logits
 
     heartbeat.beat("finish")
     model = load_model(weights, objective_class(stage.config.objective).head).to(processes.device)

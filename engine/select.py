@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from engine.config import ModelRef, Strict
 from engine.data.splits import DataConfig
 from engine.errors import UserError
-from engine.stage import STAGE_FILE, Stage, read_stage, stage_main
+from engine.stages.stage import STAGE_FILE, Stage, read_stage, stage_main
 from engine.tasks import AnyTask
 
 

@@ -14,7 +14,7 @@ from engine.config import ModelRef, Strict
 from engine.cpu import instructions
 from engine.data.readers import Row
 from engine.data.splits import DataConfig
-from engine.stage import Stage, lineage, read_stage, stage_main
+from engine.stages.stage import Stage, lineage, read_stage, stage_main
 from engine.tasks import AnyTask
 from export.engines import Weights
 from export.engines.parity import ParityGates
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from engine.answers import Answer, Answers
     from engine.tasks import Task
-    from export.benchmark import Calls, Candidate
+    from export.engines.benchmark import Calls, Candidate
 
 Backend = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
 GOLDEN = 32
@@ -133,7 +133,7 @@ def candidates_of(
     """
     from engine.models.fitting import load_finished
     from engine.tasks import with_tokenizer_of
-    from export.benchmark import Candidate, calls_of, replay, torch_candidate
+    from export.engines.benchmark import Candidate, calls_of, replay, torch_candidate
     from export.engines.graph import export_graphs
     from export.engines.ort import OrtEngine
     from export.engines.parity import run_of
@@ -164,7 +164,7 @@ def run_benchmark(
         (the `benchmark` record, {"speedup_vs_torch_fp32", "speedup_vs_onnx_fp32"} of the engine over the baseline).
     """
     from engine.intervals import ratio_interval
-    from export.benchmark import measure, summary
+    from export.engines.benchmark import measure, summary
 
     config = stage.config
     times = measure(candidates, inputs, config.rounds)
@@ -240,7 +240,7 @@ def run(stage: Stage[ExportConfig]) -> None:
     from engine.evaluate import evaluating, torch_run
     from engine.models import size_of
     from engine.models.fitting import load_finished
-    from export.benchmark import Candidate, calls_of, replay
+    from export.engines.benchmark import Candidate, calls_of, replay
     from export.engines.graph import weight_bytes
     from export.engines.ort import OrtEngine
     from export.engines.parity import check_parity, evaluate_engine, observe, run_of

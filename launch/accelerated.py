@@ -1,7 +1,7 @@
 """`accelerate launch` as `bothways run` starts it: `python -m launch.accelerated ARGUMENTS`.
 
 The same command with two differences: it dies with the process that started it, and it leaves the explanation of a failure to the
-ranks' own records (engine.rank) instead of printing a traceback of its own.
+ranks' own records (engine.stages.rank) instead of printing a traceback of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 
-from engine.rank import PARENT, die_with_parent
+from engine.stages.rank import PARENT, die_with_parent
 
 
 def main() -> None:

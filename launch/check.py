@@ -16,9 +16,9 @@ from engine.judging import require_column
 from engine.models import positions_of
 from engine.models.facts import ModelFiles
 from engine.pretrain import PretrainConfig
-from engine.stage import Stage
+from engine.stages.stage import Stage
 from engine.tasks import task_class
-from engine.zero import read_zero_config, zero_config_of
+from engine.training.zero import read_zero_config, zero_config_of
 from export.compress.distill import OTHER_TOKENS
 from launch.check_families import check_families, origin_of
 from launch.check_models import check_models

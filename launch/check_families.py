@@ -15,7 +15,7 @@ from engine.models import CLASSIFIER
 from engine.models.facts import ModelFiles
 from engine.models.families import check_kept, family_of, require, stack_sizes, trained_layers
 from engine.pretrain import PretrainConfig
-from engine.stage import Stage
+from engine.stages.stage import Stage
 from engine.tasks import task_class
 from export.compress.distill import OTHER_WIDTH, layers_to_keep
 from launch.recipe import KINDS

@@ -10,7 +10,7 @@ from engine.config import ModelRef, TokenizerRef, references
 from engine.errors import UserError
 from engine.models.facts import ModelFiles, class_names, listed, named, names_hint, other_head, read_json
 from engine.objectives import Objective, objective_class
-from engine.stage import Stage, read_stage
+from engine.stages.stage import Stage, read_stage
 from engine.tasks import task_class
 
 GENERIC = (None, "TokenizersBackend", "PreTrainedTokenizerFast")

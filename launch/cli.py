@@ -320,8 +320,8 @@ def verify(
 @app.command(epilog="Examples: `bothways report runs/demo` · `bothways report runs/demo --json`")
 def report(run: RunPath, as_json: Json = False) -> None:
     """Draw what each stage made of the model: one offline HTML page, or JSON."""
-    from export.page import write_report
-    from export.report import report_json
+    from export.report.figures import report_json
+    from export.report.page import write_report
 
     if as_json:
         print(json.dumps(report_json(run), indent=1))
@@ -337,7 +337,7 @@ def benchmark(
     as_json: Json = False,
 ) -> None:
     """Measure the latency of a bundle's engine on its own golden inputs."""
-    from export.benchmark import benchmark_bundle
+    from export.engines.benchmark import benchmark_bundle
     from launch.predict import find_bundle
 
     options = {"threads": threads, "rounds": rounds}

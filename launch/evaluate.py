@@ -16,7 +16,7 @@ from engine.judging import intervals_of, judge_slices, require_column
 from engine.models import positions_of
 from engine.models.facts import ModelFiles
 from engine.problems import load_section
-from engine.stage import read_stage
+from engine.stages.stage import read_stage
 from engine.tasks import REGISTRY, TaskConfig
 from launch.pairs import LAYOUT, pairs
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.errors import UserError
-from engine.zero import offload_devices
+from engine.training.zero import offload_devices
 
 STALE_SECONDS = 60.0
 """A lock this old in whose directory no process works was left by a killed build."""
@@ -109,7 +109,7 @@ def prepare(operators: list[Operator], say: Callable[[str], None]) -> None:
 
 def _build(operator: Operator) -> None:
     code = (
-        "from engine.rank import die_with_parent; die_with_parent();"
+        "from engine.stages.rank import die_with_parent; die_with_parent();"
         "from deepspeed.accelerator import get_accelerator;"
         f"get_accelerator().create_op_builder('{operator.builder}').load()"
     )

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from engine.config import Recipe, load_recipe
 from engine.errors import UserError, did_you_mean
-from engine.stage import SHARED, Stage, digest, read_stage
+from engine.stages.stage import SHARED, Stage, digest, read_stage
 from launch.check import check_recipe
 from launch.local import run_stage
 from launch.nodes.follow import Follower
@@ -234,7 +234,7 @@ def _report(recipe: Recipe, stages: list[Stage[Any]], anew: bool, console: Conso
     """Writes the report once an export stage has finished, and says where it lies."""
     if not any(stage.kind == "export" and read_stage(stage.directory) for stage in stages):
         return
-    from export.page import write_report
+    from export.report.page import write_report
 
     directory = recipe.runs / recipe.name
     path = directory / "report.html"

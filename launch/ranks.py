@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine import heartbeat
-from engine.rank import PARENT, Record, read_records
+from engine.stages import heartbeat
+from engine.stages.rank import PARENT, Record, read_records
 from launch.watchdog import NodeLife, RankLife
 
 POLL = 0.3

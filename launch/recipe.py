@@ -10,7 +10,7 @@ from engine.finetune import FinetuneConfig
 from engine.pretrain import PretrainConfig
 from engine.seeds import KEY
 from engine.select import SelectConfig
-from engine.stage import Stage
+from engine.stages.stage import Stage
 from export.compress.distill import DistillConfig
 from export.compress.factorize import FactorizeConfig
 from export.compress.prune import PruneConfig

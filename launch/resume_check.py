@@ -19,8 +19,8 @@ import psutil
 
 from engine.config import load_recipe
 from engine.errors import PREEMPTED, UserError, did_you_mean
-from engine.rank import die_with_parent
-from engine.stage import Stage, read_stage
+from engine.stages.rank import die_with_parent
+from engine.stages.stage import Stage, read_stage
 from launch.check import check_recipe
 from launch.recipe import KINDS, load_stages
 

@@ -9,7 +9,7 @@ import yaml
 
 from engine.config import Recipe
 from engine.recipe_yaml import FLOAT
-from engine.stage import Stage
+from engine.stages.stage import Stage
 
 
 class _Dumper(yaml.SafeDumper):

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine import heartbeat
 from engine.errors import UserError, did_you_mean
-from engine.stage import STAGE_FILE, WORK_FILE, read_stage
+from engine.stages import heartbeat
+from engine.stages.stage import STAGE_FILE, WORK_FILE, read_stage
 from launch.pipeline import FAILURE
 from launch.slurm import jobs
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.config import Recipe, load_recipe
 from engine.errors import PREEMPTED, UserError, did_you_mean
-from engine.stage import SHARED, Stage, read_stage
+from engine.stages.stage import SHARED, Stage, read_stage
 from launch.check import check_recipe
 from launch.points import Variant, draw_points, expand_sweep, write_points
 from launch.recipe import load_stages
@@ -143,7 +143,7 @@ def table_of(points: list[Point], failed: dict[str, str]) -> list[dict[str, Any]
 
     Of a stage with `seeds` the metric is the mean over them, and the ends of the interval are a standard deviation away.
     """
-    from export.report import interval_of
+    from export.report.figures import interval_of
 
     rows, higher = [], True
     for point in points:
@@ -170,8 +170,8 @@ def table_of(points: list[Point], failed: dict[str, str]) -> list[dict[str, Any]
 def write_table(directory: Path, name: str, rows: list[dict[str, Any]]) -> list[Path]:
     """Writes sweep.csv, and sweep.html with the plot, and returns their paths."""
     from engine.intervals import Interval
-    from export.page import write_page
-    from export.plots import dots
+    from export.report.page import write_page
+    from export.report.plots import dots
 
     directory.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for row in rows for key in row))

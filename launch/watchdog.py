@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from engine.errors import NODE_FAILED, PREEMPTED, USER_ERROR
-from engine.heartbeat import PHASES, Beat
-from engine.rank import memory_message
+from engine.stages.heartbeat import PHASES, Beat
+from engine.stages.rank import memory_message
 
 LOST = 5.0
 """Seconds of silence of a node that explain broken connections; its launcher speaks twice a second."""

@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 from engine.config import load_recipe
-from engine.stage import Stage
+from engine.stages.stage import Stage
 from launch.recipe import KINDS
 from tests.unit.models import WORDS, tiny_classifier, tiny_tokenizer
 

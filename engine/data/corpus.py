@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UserError
-from engine.stage import publish
+from engine.stages.stage import publish
 
 CHUNK = 1024
 """Documents tokenized at a time: enough to keep all cores busy, little memory."""

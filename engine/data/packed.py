@@ -13,9 +13,9 @@ from engine.randomness import generator
 
 if TYPE_CHECKING:
     from engine.data.corpus import Corpus
-    from engine.distributed import Batch
     from engine.evaluate import Ranks
     from engine.objectives import Objective
+    from engine.training.distributed import Batch
 
 PROBE_LOGITS = 64
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine import heartbeat
 from engine.answers import Answer
 from engine.config import Recipe
 from engine.data.batches import BatchPlan
@@ -21,11 +20,12 @@ from engine.data.splits import Held, Splits, load_splits
 from engine.data.stored import RowWriter, StoredExamples, StoredRows, in_chunks, lengths_of, write_examples
 from engine.evaluate import evaluate, outputs_of, write_json, write_jsonl
 from engine.judging import ends_of, judged_sets, seen_in, set_names
-from engine.stage import made_once
+from engine.stages import heartbeat
+from engine.stages.stage import made_once
 from engine.tasks import Example, Facts, Task, task_class, task_of_model
 
 if TYPE_CHECKING:
-    from engine.distributed import Batch, Processes
+    from engine.training.distributed import Batch, Processes
 
 PREDICTIONS = {"validation": "validation_predictions.jsonl", "test": "predictions.jsonl"}
 """Where the answers to the rows of a split go, in the order in which splits are judged."""

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine.stage import publish
+from engine.stages.stage import publish
 
 
 def learn_wordpiece(texts: Iterator[str], vocab_size: int, lowercase: bool, documents: int | None, directory: Path) -> None:

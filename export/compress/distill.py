@@ -21,9 +21,9 @@ from engine.data.cells import text_cell
 from engine.data.sources import SourceConfig, read_rows
 from engine.data.splits import DataConfig
 from engine.errors import UserError
-from engine.stage import Stage, made_once, stage_main
+from engine.stages.stage import Stage, made_once, stage_main
 from engine.tasks import AnyTask, Example, Task
-from engine.train_config import Trained
+from engine.training.config import Trained
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from engine.data.readers import Row
     from engine.data.rows import Prepared
     from engine.data.splits import Splits
-    from engine.distributed import Batch, Processes
+    from engine.training.distributed import Batch, Processes
 
 OTHER_TOKENS = "it has another tokenizer than its teacher: their tokens cannot be matched: set hidden and attention to 0"
 OTHER_WIDTH = "student and teacher have other numbers of features: their hidden states cannot be compared: set hidden to 0"
@@ -275,13 +275,13 @@ def run(stage: Stage[DistillConfig]) -> None:
     import torch
 
     from engine.data.rows import LabelledBatches, prepare_on_disk
-    from engine.distributed import Processes
     from engine.finetune import hand_over, judge_of, saver, say_changes
-    from engine.loop import Fit
     from engine.models import set_dropout
     from engine.models.fitting import load_finished, load_fitting
     from engine.randomness import torch_seed
     from engine.tasks import reads_alike, task_of_model, with_tokenizer_of
+    from engine.training.distributed import Processes
+    from engine.training.loop import Fit
 
     started = time.monotonic()
     # Fused attention kernels do not give their maps away.

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from engine.config import Fraction, ModelRef, Strict
 from engine.data.splits import DataConfig
-from engine.stage import Stage, stage_main
+from engine.stages.stage import Stage, stage_main
 from engine.tasks import AnyTask
 from export.compress.smaller import publish_model
 

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from engine.config import ModelRef, Strict
 from engine.data.splits import DataConfig
 from engine.errors import UserError
-from engine.stage import Stage, stage_main
+from engine.stages.stage import Stage, stage_main
 from engine.tasks import AnyTask, Example, Task
 from export.compress.smaller import publish_model
 

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from engine.config import ModelRef, Strict
 from engine.data.splits import DataConfig
-from engine.stage import Stage, stage_main
+from engine.stages.stage import Stage, stage_main
 from engine.tasks import AnyTask, Example, Task
 from export.engines import Weights
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from engine.stage import Stage
+from engine.stages.stage import Stage
 
 if TYPE_CHECKING:
     from engine.data.rows import Prepared

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from engine.config import Strict
 from engine.errors import UserError
-from engine.stage import STAGE_FILE, sha256
+from engine.stages.stage import STAGE_FILE, sha256
 from export.engines import Weights
 
 FORMAT = 2

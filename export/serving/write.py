@@ -15,7 +15,7 @@ from engine.answers import Answers, Row, Run
 from engine.answers._texts import limit
 from engine.cpu import instructions
 from engine.errors import UserError
-from engine.stage import hash_directory, versions
+from engine.stages.stage import hash_directory, versions
 from export.engines import Weights
 from export.engines.ort import OrtEngine
 from export.engines.parity import run_of

@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.config import Recipe
 from engine.errors import NODE_FAILED, PREEMPTED, UserError
-from engine.stage import Stage
+from engine.stages.stage import Stage
 from launch.local import failure, prepare_operators, records_of, start
 from launch.nodes.link import JOIN_SECONDS, Link, Order, host_name
 from launch.nodes.place import Place, Supervision

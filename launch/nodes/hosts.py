@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from engine.errors import PREEMPTED, UserError
-from engine.stage import Stage
+from engine.stages.stage import Stage
 from engine.terminal import ReaderGone
 from launch import local
 from launch.nodes.place import Place, node_command, shown

@@ -33,7 +33,7 @@ class Supervision:
     max_restarts: int = 0
     """How often the ranks of one stage are started again in place."""
     heartbeat_limit: float = HEARTBEAT_LIMIT
-    """Seconds; engine.heartbeat.PHASES says which multiple of it a phase may last."""
+    """Seconds; engine.stages.heartbeat.PHASES says which multiple of it a phase may last."""
     records: Path | None = None
     """Where the ranks' records, heartbeats and logs stay; None: in a temporary directory, without logs."""
 

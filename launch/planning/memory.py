@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from engine.zero import offload_devices
+from engine.training.zero import offload_devices
 from launch.planning.footprint import Footprint, Moment
 
 Place = Literal["device", "host", "disk"]

@@ -18,8 +18,8 @@ from rich.table import Table
 from engine.config import Recipe
 from engine.data.batches import accumulation_steps
 from engine.errors import UserError
-from engine.stage import Stage
-from engine.zero import read_zero_config, zero_config_of
+from engine.stages.stage import Stage
+from engine.training.zero import read_zero_config, zero_config_of
 from launch.local import process_count
 from launch.machine import gpus
 from launch.planning import footprint

@@ -12,7 +12,7 @@ from engine.errors import UserError
 from engine.models import build_model, load_model, load_tokenizer, set_dropout, size_of
 from engine.objectives import Objective, objective_class
 from engine.pretrain import PretrainConfig, rounded
-from engine.stage import Stage, read_stage
+from engine.stages.stage import Stage, read_stage
 from engine.tasks import task_class
 from launch.planning import footprint
 from launch.planning.footprint import Build

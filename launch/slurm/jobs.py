@@ -19,7 +19,7 @@ from typing import Any
 
 from engine.config import JOBS
 from engine.errors import PREEMPTED, UserError
-from engine.rank import read_records
+from engine.stages.rank import read_records
 from launch.watchdog import StageError
 
 JOB_FILE = "job.json"

@@ -18,7 +18,7 @@ from typing import Any
 
 from engine.config import JOBS
 from engine.errors import NODE_FAILED, PREEMPTED, USER_ERROR, UserError
-from engine.stage import Stage
+from engine.stages.stage import Stage
 from launch.recipe import KINDS
 from launch.slurm import MAX_REQUEUES, SIGNAL_BEFORE
 

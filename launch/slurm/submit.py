@@ -16,7 +16,7 @@ from typing import Any
 
 from engine.config import JOBS, Recipe, load_recipe
 from engine.errors import UserError
-from engine.stage import Stage
+from engine.stages.stage import Stage
 from launch.check import check_recipe
 from launch.nodes.place import Place
 from launch.pipeline import choose_stages, require_finished

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.rank import Record, read_records
+from engine.stages.rank import Record, read_records
 from launch.operators import SHARED_MEMORY, prepare
 from tests.recipes import finetune_section, pretrain_section, ragged_rows, train_section, write_recipe, write_rows
 

@@ -5,12 +5,12 @@ import signal
 
 from engine.errors import UserError
 from engine.finetune import FinetuneConfig
-from engine.stage import stage_main
+from engine.stages.stage import stage_main
 
 
 def run(stage):
     """Meets the other ranks once, then rank 1 fails and the others wait for it."""
-    from engine.distributed import Processes
+    from engine.training.distributed import Processes
 
     processes = Processes(stage.config, stage.recipe)
     processes.barrier()

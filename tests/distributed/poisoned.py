@@ -3,9 +3,10 @@
 import math
 import os
 
-from engine import loop, pretrain
+from engine import pretrain
 from engine.objectives.mlm import Objective
-from engine.stage import stage_main
+from engine.stages.stage import stage_main
+from engine.training import loop
 
 BAD = 5
 """0-based step of the data that are bad."""

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from engine.stage import SHARED, read_stage
+from engine.stages.stage import SHARED, read_stage
 from tests.distributed.conftest import ROOT, Bothways, succeed
 from tests.recipes import ragged_rows, write_recipe, write_rows
 from tests.unit.test_recipe import CHAIN

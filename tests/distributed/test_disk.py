@@ -7,10 +7,10 @@ import subprocess
 import pytest
 import torch
 
-from engine import checkpoint, loop
-from engine.checkpoint import step_numbers
 from engine.errors import UserError, disk_full
-from engine.tracking import Tracker
+from engine.training import checkpoint, loop
+from engine.training.checkpoint import step_numbers
+from engine.training.tracking import Tracker
 from tests.distributed.conftest import Bothways, succeed
 from tests.recipes import read_weights, run_here
 

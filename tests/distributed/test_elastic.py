@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint import step_numbers
 from engine.config import load_recipe
 from engine.errors import PREEMPTED, USER_ERROR
-from engine.zero_files import SHIPPED
+from engine.training.checkpoint import step_numbers
+from engine.training.zero_files import SHIPPED
 from launch.local import run_stage
 from launch.operators import CPU_ADAM, prepare
 from launch.recipe import KINDS, load_stages

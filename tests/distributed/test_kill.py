@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.errors import PREEMPTED
-from engine.stage import read_stage
+from engine.stages.stage import read_stage
 from tests.distributed.conftest import TWO, Bothways, alive, kill, succeed
 from tests.recipes import read_history, read_weights
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.stage import read_stage
+from engine.stages.stage import read_stage
 from tests.distributed.conftest import TWO
 from tests.recipes import read_history, read_weights, run_here
 

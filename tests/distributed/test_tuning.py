@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from engine.models import load_model
-from engine.tuning import depth_of
+from engine.training.tuning import depth_of
 from tests.distributed.conftest import Bothways, succeed
 from tests.recipes import read_history, read_weights, run_here
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.errors import UserError
-from engine.stage import read_stage
+from engine.stages.stage import read_stage
 from launch.operators import ASYNC_IO, CPU_ADAM, prepare
 from tests.distributed.conftest import Bothways, succeed
 from tests.distributed.test_losses import CLOSE, numbers

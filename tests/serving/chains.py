@@ -7,7 +7,7 @@ from engine.config import load_recipe
 from engine.data.rows import prepare_for_model
 from engine.evaluate import evaluating, torch_run
 from engine.models import load_model
-from engine.stage import Stage
+from engine.stages.stage import Stage
 from export.export import ExportConfig
 from export.serving.bundle import Bundle
 from launch.check import check_recipe

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from engine.stage import read_stage
-from export.page import write_report
+from engine.stages.stage import read_stage
+from export.report.page import write_report
 from export.serving.bundle import Bundle, verify_bundle
 from launch.cli import main
 from tests.recipes import train_section, write_commands

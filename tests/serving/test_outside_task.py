@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.stage import read_stage
+from engine.stages.stage import read_stage
 from tests.recipes import run_here, write_model, write_rows
 from tests.unit.models import WORDS
 
@@ -77,8 +77,8 @@ def test_it_learns_by_its_own_metric_and_every_stage_is_judged_by_it(run):
 
 
 def test_the_bundle_answers_verifies_and_is_reported(run):
-    from export.page import write_report
-    from export.report import report_json
+    from export.report.figures import report_json
+    from export.report.page import write_report
     from export.serving.bundle import Bundle, verify_bundle
 
     verify_bundle(run / "engine")

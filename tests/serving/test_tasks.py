@@ -10,8 +10,8 @@ import torch
 from engine.answers._batches import answer_all
 from engine.evaluate import torch_run
 from engine.models import load_model
-from engine.stage import read_stage
-from export.page import write_report
+from engine.stages.stage import read_stage
+from export.report.page import write_report
 from export.serving.bundle import Bundle, verify_bundle
 from tests.recipes import ragged_rows, train_section, write_rows
 from tests.serving.chains import prepared, run_stages, whole_way

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from engine.rank import die_with_parent
+from engine.stages.rank import die_with_parent
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "munged")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.errors import PREEMPTED, USER_ERROR
-from engine.stage import read_stage
+from engine.stages.stage import read_stage
 from launch.slurm.jobs import jobs_of, latest
 from tests.recipes import read_history, read_weights
 from tests.slurm.conftest import ROOT, STEPS, TWO_NODES, WAIT, at_checkpoint, events, everything, happened, status

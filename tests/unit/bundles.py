@@ -93,7 +93,7 @@ def copy_bundle(source: Path, target: Path) -> Path:
 
 def relist(bundle: Path) -> None:
     """Gives the manifest the hashes of the files as they now are: what a careful forger would do."""
-    from engine.stage import hash_directory
+    from engine.stages.stage import hash_directory
 
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["files"] = hash_directory(bundle, skip=("manifest.json", "stage.json"))

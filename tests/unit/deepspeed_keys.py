@@ -28,7 +28,7 @@ class _Asked(dict):
 
 
 def known_keys() -> dict[str, set[str]]:
-    """Returns {name in engine.zero_keys: keys}, without those that are deprecated or removed."""
+    """Returns {name in engine.training.zero_keys: keys}, without those that are deprecated or removed."""
     from deepspeed.runtime import config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig

@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from engine.stage import digest
+from engine.stages.stage import digest
 
 TASK = {"type": "classification", "text": "text", "text_pair": None, "label": "label", "names": {}}
 METRIC = {"name": "accuracy", "higher_is_better": True, "unit": "%", "counted": True}

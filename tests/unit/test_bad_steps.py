@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from engine import loop
 from engine.data.rows import LabelledBatches
 from engine.errors import UserError
 from engine.tasks.classification import Task
+from engine.training import loop
 from tests.recipes import finetune_section, read_weights, run_here, train_section, write_recipe
 
 BAD = 5

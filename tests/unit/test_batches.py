@@ -10,7 +10,7 @@ from engine.data.corpus import Corpus
 from engine.data.packing import PackedRows, pack_histogram
 from engine.errors import UserError
 from engine.randomness import generator
-from engine.schedule import Schedule
+from engine.training.schedule import Schedule
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=200), st.integers(1, 16), st.integers(0, 5))

@@ -15,7 +15,7 @@ from benchmarks import demo, demo_query, figures
 from benchmarks.figures import FIGURE_KEYS, RESULT_KEYS, ROOT, Target, figure, read_results, read_targets, verdict, write_result
 from engine.errors import UserError
 from engine.intervals import Interval
-from export.report import read_run
+from export.report.figures import read_run
 from tests.unit.runs import write_demo_run, write_predictions, write_stage
 
 ISSUE_2 = (

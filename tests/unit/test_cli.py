@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.stage import hash_directory
+from engine.stages.stage import hash_directory
 from launch import predict
 from tests.recipes import finetune_section, pretrain_section, ragged_rows, write_recipe, write_rows
 from tests.unit.bundles import LABELS, TEXTS, copy_bundle, shared_bundle

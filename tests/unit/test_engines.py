@@ -10,7 +10,6 @@ from engine.answers._batches import batched, padded
 from engine.errors import UserError
 from engine.evaluate import torch_run
 from engine.models.structure import shrink
-from export.benchmark import Candidate, measure, summary
 from export.compress.quantize import (
     Activation,
     quantize_embeddings,
@@ -20,6 +19,7 @@ from export.compress.quantize import (
     tensorrt_form,
     watch_activations,
 )
+from export.engines.benchmark import Candidate, measure, summary
 from export.engines.einsum import einsums_to_products, linear_map
 from export.engines.graph import drop_unused, export_onnx, initializers, merge_projections, weight_bytes, weight_matmuls
 from export.engines.ort import OrtEngine, session
@@ -323,7 +323,7 @@ def test_the_gates_let_a_faithful_engine_pass_and_stop_the_others(quantized, mod
 
 
 def test_candidates_run_the_same_inputs_in_turn_and_everyone_goes_first_once(monkeypatch):
-    monkeypatch.setattr("export.benchmark.WARM_UP_SECONDS", 0.0)
+    monkeypatch.setattr("export.engines.benchmark.WARM_UP_SECONDS", 0.0)
     calls = []
     candidates = [Candidate(name, name, "", "", lambda arrays, name=name: calls.append((name, arrays["x"]))) for name in "ab"]
     times = measure(candidates, [{"x": number} for number in range(3)], rounds=2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engine.errors import UserError
-from engine.stage import read_stage
+from engine.stages.stage import read_stage
 from launch.cli import main
 from launch.evaluate import evaluate
 from tests.recipes import finetune_section, ragged_rows, run_here, write_model, write_recipe, write_rows

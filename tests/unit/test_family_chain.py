@@ -19,7 +19,7 @@ from engine.models.fitting import load_finished, load_fitting
 from engine.models.pooling import pool_each_row
 from engine.models.structure import factorize, layers_of, shrink, sizes_of
 from engine.tasks import classification, reads_alike, with_tokenizer_of
-from engine.tuning import depth_of
+from engine.training.tuning import depth_of
 from export.compress.distill import DistillationLoss, DistillConfig, shorten
 from export.compress.prune import importance, strongest, strongest_heads
 from export.compress.quantize import quantize_embeddings, quantize_matmuls, tensorrt_form, watch_activations

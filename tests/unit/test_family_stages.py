@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from engine.stage import read_stage
+from engine.stages.stage import read_stage
 from export.serving.bundle import verify_bundle
 from tests.families import write_family
 from tests.recipes import finetune_section, run_here, train_section, write_recipe

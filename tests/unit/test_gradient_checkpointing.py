@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from engine.config import load_recipe
-from engine.distributed import Processes, Trainer
 from engine.errors import UserError
 from engine.models import checkpoint_activations, load_model
+from engine.training.distributed import Processes, Trainer
 from launch.recipe import load_stages
 from tests.recipes import finetune_section, pretrain_section, read_history, read_weights, run_here, train_section, write_recipe
 

@@ -5,7 +5,7 @@ import timeit
 
 import pytest
 
-from engine import heartbeat
+from engine.stages import heartbeat
 
 
 @pytest.fixture

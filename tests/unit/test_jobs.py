@@ -11,10 +11,10 @@ from dataclasses import asdict
 
 import pytest
 
-from engine import heartbeat
 from engine.errors import PREEMPTED, UserError
-from engine.rank import Record
-from engine.stage import WORK_FILE
+from engine.stages import heartbeat
+from engine.stages.rank import Record
+from engine.stages.stage import WORK_FILE
 from launch.slurm import jobs
 from launch.slurm.jobs import Job, JobState, jobs_of, latest, parse_job
 from launch.status import local_run, show, status_of

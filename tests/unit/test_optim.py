@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from engine.optim import build_optimizer
-from engine.train_config import TrainConfig
+from engine.training.config import TrainConfig
+from engine.training.optim import build_optimizer
 from tests.unit.models import tiny_classifier
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.config import load_recipe
 from engine.errors import UserError
 from engine.objectives import mlm
-from engine.zero_files import SHIPPED
+from engine.training.zero_files import SHIPPED
 from launch.planning import footprint, plan
 from launch.planning.footprint import Measured, Moment, frontier
 from launch.planning.memory import Level, Need, Setting

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from engine.rank import ERROR_DIRECTORY, LOGS, PARENT, memory_message, read_records
+from engine.stages.rank import ERROR_DIRECTORY, LOGS, PARENT, memory_message, read_records
 from tests.distributed.conftest import ROOT
 
 PROGRAM = """\
 import sys
-from engine import heartbeat
-from engine.rank import run_rank
+from engine.stages import heartbeat
+from engine.stages.rank import run_rank
 
 def work():
     print("hello from the rank", flush=True)

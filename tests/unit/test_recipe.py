@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from engine.config import load_recipe
 from engine.data.batches import accumulation_steps, most_processes
 from engine.errors import UserError
-from engine.zero import read_zero_config
-from engine.zero_files import find_zero_config, zero_config_names
+from engine.training.zero import read_zero_config
+from engine.training.zero_files import find_zero_config, zero_config_names
 from launch import local, machine
 from launch.check import FIRST_LINES, check_recipe
 from launch.nodes.place import Place, Supervision

@@ -12,9 +12,9 @@ from engine.errors import UserError
 from engine.finetune import FinetuneConfig
 from engine.pretrain import PretrainConfig
 from export.compress.distill import DistillConfig
-from export.page import duration, lanes, write_report
-from export.plots import on_frontier
-from export.report import read_run, replay_recipe, report_json
+from export.report.figures import read_run, replay_recipe, report_json
+from export.report.page import duration, lanes, write_report
+from export.report.plots import on_frontier
 from tests.unit.runs import classified, write_demo_run, write_history, write_stage
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine import checkpoint, loop
 from engine.errors import PREEMPTED, UserError
-from engine.stage import read_stage
+from engine.stages.stage import read_stage
+from engine.training import checkpoint, loop
 from tests.recipes import finetune_section, read_history, read_weights, run_here, train_section, write_recipe
 
 STEPS = 12

@@ -8,8 +8,8 @@ import yaml
 from engine.config import load_recipe
 from engine.errors import UserError
 from engine.select import best_of, spread
-from engine.stage import lineage, read_stage
-from export.report import read_run, replay_recipe
+from engine.stages.stage import lineage, read_stage
+from export.report.figures import read_run, replay_recipe
 from launch import resume_check
 from launch.check import check_recipe
 from launch.pipeline import choose_stages, summary

@@ -8,10 +8,11 @@ import signal
 
 import pytest
 
-from engine import hashes, heartbeat, rank
+from engine import hashes
 from engine.config import FileRef, ModelRef, Strict, load_recipe
 from engine.errors import PREEMPTED, USER_ERROR, UserError, disk_full
-from engine.stage import Stage, discard, hash_directory, made_once, publish, read_stage
+from engine.stages import heartbeat, rank
+from engine.stages.stage import Stage, discard, hash_directory, made_once, publish, read_stage
 
 
 class CopyConfig(Strict):
@@ -313,7 +314,7 @@ def test_a_directory_that_is_discarded_loses_its_name_before_its_files(tmp_path,
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("engine.stage.shutil.rmtree", killed)
+        patched.setattr("engine.stages.stage.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             discard(path)
     assert not path.exists()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import startup
-from engine import heartbeat
 from engine.config import load_recipe
+from engine.stages import heartbeat
 from launch.recipe import load_stages
 
 

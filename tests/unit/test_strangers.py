@@ -13,10 +13,10 @@ from engine.config import load_recipe
 from engine.errors import UserError
 from engine.inheritance import INHERITED
 from engine.models import load_model, load_tokenizer
-from engine.stage import read_stage
+from engine.stages.stage import read_stage
 from engine.tasks import task_of_model
-from export.benchmark import Candidate, measure
 from export.engines import graph
+from export.engines.benchmark import Candidate, measure
 from export.export import compare, find_source
 from launch.check import check_recipe
 from launch.recipe import load_stages

@@ -8,7 +8,7 @@ import pytest
 
 from engine.config import load_recipe
 from engine.errors import PREEMPTED, UserError
-from engine.stage import read_stage
+from engine.stages.stage import read_stage
 from launch.points import draw_points, expand_sweep, read_points, write_points
 from launch.slurm.script import BatchOptions
 from launch.slurm.submit import prepare_submission

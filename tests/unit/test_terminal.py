@@ -69,7 +69,7 @@ def test_standard_input_that_is_called_ascii_is_read_as_utf8_and_bytes_that_are_
 
 def test_a_rank_prints_to_any_terminal_and_to_a_reader_that_has_left():
     code = (
-        "import sys, time\nfrom engine.rank import run_rank\nfrom rich.console import Console\n"
+        "import sys, time\nfrom engine.stages.rank import run_rank\nfrom rich.console import Console\n"
         "def work():\n    print('step 1 → 2', flush=True)\n    sys.stdin.readline()\n"
         "    print('lost', flush=True)\n    Console().print('×' * 99)\n    print('done', file=sys.stderr)\n"
         "run_rank(work, '.')"
@@ -123,7 +123,7 @@ def test_records_of_stages_hold_any_text_where_the_locale_is_ascii(tmp_path):
     """Python then opens files as ASCII, unless it is told how."""
     code = (
         "import sys; from pathlib import Path; from engine.config import Strict, load_recipe\n"
-        "from engine.stage import Stage, read_stage\n"
+        "from engine.stages.stage import Stage, read_stage\n"
         "class Section(Strict):\n    text: str\n"
         "stage = Stage(load_recipe(sys.argv[1], None, sys.argv[2]), 'one', Section)\n"
         "stage.begin()\nstage.complete(said=stage.config.text)\n"

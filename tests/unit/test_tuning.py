@@ -5,10 +5,10 @@ import torch
 import transformers
 
 from engine.errors import UserError
-from engine.optim import build_optimizer
-from engine.schedule import Schedule
-from engine.train_config import TrainConfig
-from engine.tuning import depth_of, freeze_below
+from engine.training.config import TrainConfig
+from engine.training.optim import build_optimizer
+from engine.training.schedule import Schedule
+from engine.training.tuning import depth_of, freeze_below
 from tests.unit.models import tiny_classifier
 
 

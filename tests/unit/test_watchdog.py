@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from engine.errors import NODE_FAILED, PREEMPTED, USER_ERROR
-from engine.heartbeat import FIRST_STEP, Beat
+from engine.stages.heartbeat import FIRST_STEP, Beat
 from launch.watchdog import GRACE, LOST, MESSAGE_BYTES, SETTLE, NodeLife, RankLife, Verdict, judge, may_restart
 
 LIMIT = 60.0

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from engine.config import load_recipe
-from engine.distributed import require_processes
 from engine.errors import UserError
-from engine.zero import NVME_VARIABLE, Host, prepare_nvme, read_zero_config
-from engine.zero import zero_config_of as name_of
-from engine.zero_files import SHIPPED, find_zero_config, zero_config_names
+from engine.training.distributed import require_processes
+from engine.training.zero import NVME_VARIABLE, Host, prepare_nvme, read_zero_config
+from engine.training.zero import zero_config_of as name_of
+from engine.training.zero_files import SHIPPED, find_zero_config, zero_config_names
 from launch import local
 from launch.recipe import load_stages
 from tests.recipes import write_recipe
@@ -62,7 +62,7 @@ def test_deepspeed_itself_accepts_every_shipped_configuration(tmp_path, name, mo
 
 def test_the_known_keys_are_deepspeeds_own(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    from engine import zero_keys
+    from engine.training import zero_keys
     from tests.unit.deepspeed_keys import known_keys
 
     for name, keys in known_keys().items():

@@ -19,18 +19,18 @@ from typing import Any
 import torch
 import torch.utils._pytree
 
-from engine import heartbeat
 from engine.config import Recipe
 from engine.cpu import keep_freed_memory
 from engine.data.batches import accumulation_steps
 from engine.errors import UserError
 from engine.models import checkpoint_activations
 from engine.models.dropout import cheapen
-from engine.optim import build_optimizer
 from engine.randomness import torch_seed
-from engine.train_config import Trained
-from engine.tuning import freeze_below
-from engine.zero import Host, layout_of, prepare_nvme, read_zero_config, zero_config_of
+from engine.stages import heartbeat
+from engine.training.config import Trained
+from engine.training.optim import build_optimizer
+from engine.training.tuning import freeze_below
+from engine.training.zero import Host, layout_of, prepare_nvme, read_zero_config, zero_config_of
 
 Batch = dict[str, Any]
 PATIENCE = timedelta(hours=6)

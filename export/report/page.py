@@ -8,9 +8,9 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.intervals import Interval
-from export import plots
-from export.insight import insight_of
-from export.report import Run, Score, bundle_identity, drop_of, judged, read_history, read_run, replay_recipe
+from export.report import plots
+from export.report.figures import Run, Score, bundle_identity, drop_of, judged, read_history, read_run, replay_recipe
+from export.report.insight import insight_of
 
 REPORT_FILE = "report.html"
 RAIL_ROW, RAIL_LANE = 70, 13

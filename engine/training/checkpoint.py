@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from engine import heartbeat
-from engine.distributed import SHARDS, Processes, Trainer
 from engine.errors import UserError, disk_full
-from engine.stage import discard, hash_directory, publish, recover, sha256
+from engine.stages import heartbeat
+from engine.stages.stage import discard, hash_directory, publish, recover, sha256
+from engine.training.distributed import SHARDS, Processes, Trainer
 
 MANIFEST = "manifest.json"
 STATE = "state.json"

@@ -11,8 +11,8 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.intervals import Interval
-from export import plots
-from export.report import Run, judged
+from export.report import plots
+from export.report.figures import Run, judged
 
 OPEN = 12
 """Classes whose figures show at once, the worst ones; the others fold away."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from engine.errors import UserError
-from engine.train_config import TrainConfig
-from engine.tuning import depth_of
+from engine.training.config import TrainConfig
+from engine.training.tuning import depth_of
 
 
 def build_optimizer(model: torch.nn.Module, train: TrainConfig) -> tuple[torch.optim.Optimizer, list[int]]:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from engine.checkpoint import TrainState
+from engine.training.checkpoint import TrainState
 
 LOG_EVERY = 10
 """Optimizer steps between two records of loss and throughput."""

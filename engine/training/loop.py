@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine import heartbeat
-from engine.checkpoint import Checkpoints, TrainState, step_numbers
-from engine.distributed import Asked, Batch, Loss, Processes, Trainer
 from engine.errors import PREEMPTED, UserError
-from engine.schedule import Schedule
-from engine.stage import discard, publish
-from engine.tracking import LOG_EVERY, Tracker
+from engine.stages import heartbeat
+from engine.stages.stage import discard, publish
+from engine.training.checkpoint import Checkpoints, TrainState, step_numbers
+from engine.training.distributed import Asked, Batch, Loss, Processes, Trainer
+from engine.training.schedule import Schedule
+from engine.training.tracking import LOG_EVERY, Tracker
 
 SPIKE_WINDOW = 50
 """Steps whose median loss a spike is measured against."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import UserError, did_you_mean
-from engine.zero_keys import OFFLOAD_OPTIMIZER, OFFLOAD_PARAM, TOP_LEVEL, ZERO_OPTIMIZATION
+from engine.training.zero_keys import OFFLOAD_OPTIMIZER, OFFLOAD_PARAM, TOP_LEVEL, ZERO_OPTIMIZATION
 
 if TYPE_CHECKING:
-    from engine.train_config import TrainConfig, Trained
+    from engine.training.config import TrainConfig, Trained
 
 NVME_VARIABLE = "BOTHWAYS_NVME_PATH"
 """Environment variable: the directory on a local disk that `"nvme_path": "auto"` stands for. It belongs to the machine, so the

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine import heartbeat
 from engine.errors import PREEMPTED, USER_ERROR, UserError, disk_full
+from engine.stages import heartbeat
 from engine.terminal import printing
 
 ERROR_DIRECTORY = heartbeat.DIRECTORY

@@ -16,7 +16,7 @@ import yaml
 
 from engine.errors import UserError
 from engine.intervals import Interval, accuracy_interval
-from engine.stage import STAGE_FILE, digest, read_stage, sha256
+from engine.stages.stage import STAGE_FILE, digest, read_stage, sha256
 
 PARTIAL = ".partial"
 COMPARISON = ("speedup_vs_torch_fp32", "speedup_vs_onnx_fp32")

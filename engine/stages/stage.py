@@ -27,7 +27,7 @@ from engine.config import STAGE_FILE, ModelRef, Recipe, Section, load_recipe, re
 from engine.cpu import instructions
 from engine.errors import UserError, did_you_mean
 from engine.hashes import input_sha256, sha256
-from engine.rank import run_rank
+from engine.stages.rank import run_rank
 
 WORK_FILE = "work.json"
 """In the working directory of a stage: what the run that it belongs to is."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from engine.train_config import TrainConfig
+from engine.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Schedule:
     unfreeze_steps: int = 0
     """Optimizer steps until the lowest weights train."""
     lowest: int = 0
-    """Depth of the lowest weights, see `engine.tuning.depth_of`."""
+    """Depth of the lowest weights, see `engine.training.tuning.depth_of`."""
 
     @classmethod
     def of(cls, train: TrainConfig, steps_per_epoch: int, lowest: int = 0) -> Schedule:

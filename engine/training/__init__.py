@@ -1,0 +1,1 @@
+"""Training: the loop, its processes under Accelerate and DeepSpeed, checkpoints, optimizers, schedules."""
