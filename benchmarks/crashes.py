@@ -28,7 +28,7 @@ from engine.stages import heartbeat
 from engine.stages.rank import read_records
 from engine.stages.stage import hash_directory, read_stage
 from engine.training.checkpoint import MANIFEST, step_numbers
-from engine.training.distributed import free_port
+from engine.training.processes import free_port
 from launch.operators import SHARED_MEMORY, prepare
 from launch.recipe import KINDS
 from launch.resume_check import differences, made

@@ -16,10 +16,11 @@ from engine.stages.stage import Stage, stage_main
 def losses() -> None:
     """Runs the stage as it is, but logs every step; a run that should swap to a disk and does not is an error."""
     from engine import pretrain
-    from engine.training import distributed, loop
+    from engine.training import loop
+    from engine.training import processes as ranks
 
     loop.LOG_EVERY = 1
-    close = distributed.Processes.close
+    close = ranks.Processes.close
 
     def checked(processes: Any) -> None:
         for directory in processes.swapped_to:
@@ -27,7 +28,7 @@ def losses() -> None:
                 raise RuntimeError(f"nothing was swapped to {directory}")
         close(processes)
 
-    distributed.Processes.close = checked  # type: ignore[method-assign]
+    ranks.Processes.close = checked  # type: ignore[method-assign]
     pretrain.main()
 
 
@@ -39,7 +40,8 @@ def memory(stage: Stage[Any]) -> None:
     """
     import torch
 
-    from engine.training.distributed import Processes, Trainer
+    from engine.training.processes import Processes
+    from engine.training.trainer import Trainer
 
     processes = Processes(stage.config, stage.recipe, stage.partial)
     warm_up(None if processes.parallel is None else json.loads(processes.parallel.read_text())["zero_optimization"]["stage"])

@@ -19,7 +19,7 @@ from engine.tasks import Example, Task
 
 
 class Ranks(Protocol):
-    """Those who share the work: the ranks of a stage (engine.training.distributed.Processes), or one process alone."""
+    """Those who share the work: the ranks of a stage (engine.training.processes.Processes), or one process alone."""
 
     rank: int
     processes: int

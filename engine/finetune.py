@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from engine.data.rows import Prepared
     from engine.tasks import Facts
     from engine.training.checkpoint import TrainState
-    from engine.training.distributed import Processes
     from engine.training.loop import Judge
+    from engine.training.processes import Processes
 
 
 class FinetuneConfig(Trained):
@@ -58,8 +58,8 @@ def run(stage: Stage[FinetuneConfig]) -> None:
     from engine.models.fitting import load_fitting
     from engine.randomness import torch_seed
     from engine.tasks import own_classes, task_class
-    from engine.training.distributed import Processes
     from engine.training.loop import Fit
+    from engine.training.processes import Processes
 
     started = time.monotonic()
     about, random = read_config(path), config.initialize == "random"

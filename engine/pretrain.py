@@ -20,7 +20,7 @@ from engine.training.config import Trained
 if TYPE_CHECKING:
     from engine.data.corpus import Corpus
     from engine.data.packed import PackedBatches
-    from engine.training.distributed import Processes
+    from engine.training.processes import Processes
 
 
 class NewTokenizer(Strict):
@@ -84,8 +84,8 @@ def run(stage: Stage[PretrainConfig]) -> None:
     from engine.finetune import saver
     from engine.models import build_model, load_tokenizer, set_dropout
     from engine.randomness import torch_seed
-    from engine.training.distributed import Processes
     from engine.training.loop import Fit, Judge
+    from engine.training.processes import Processes
 
     started = time.monotonic()
     chosen = objective_class(config.objective)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from engine.errors import UserError
 from engine.randomness import generator
 
+Batch = dict[str, Any]
+"""Columns of a micro batch: tensors, and lists of what is no number."""
 BUCKET_BATCHES = 50
 """Rows are sorted by length within windows of this many batches: little padding, still well mixed."""
 EVALUATION_BATCH = 64

@@ -12,10 +12,10 @@ from engine.data.packing import PackedRows
 from engine.randomness import generator
 
 if TYPE_CHECKING:
+    from engine.data.batches import Batch
     from engine.data.corpus import Corpus
     from engine.evaluate import Ranks
     from engine.objectives import Objective
-    from engine.training.distributed import Batch
 
 PROBE_LOGITS = 64
 

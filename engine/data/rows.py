@@ -25,7 +25,8 @@ from engine.stages.stage import made_once
 from engine.tasks import Example, Facts, Task, task_class, task_of_model
 
 if TYPE_CHECKING:
-    from engine.training.distributed import Batch, Processes
+    from engine.data.batches import Batch
+    from engine.training.processes import Processes
 
 PREDICTIONS = {"validation": "validation_predictions.jsonl", "test": "predictions.jsonl"}
 """Where the answers to the rows of a split go, in the order in which splits are judged."""

@@ -27,7 +27,8 @@ import torch
 from engine.errors import UserError, disk_full
 from engine.stages import heartbeat
 from engine.stages.stage import discard, hash_directory, publish, recover, sha256
-from engine.training.distributed import SHARDS, Processes, Trainer
+from engine.training.processes import Processes
+from engine.training.trainer import SHARDS, Trainer
 
 MANIFEST = "manifest.json"
 STATE = "state.json"

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from engine.data.batches import Batch
 from engine.errors import PREEMPTED, UserError
 from engine.stages import heartbeat
 from engine.stages.stage import discard, publish
 from engine.training.checkpoint import Checkpoints, TrainState, step_numbers
-from engine.training.distributed import Asked, Batch, Loss, Processes, Trainer
+from engine.training.processes import Asked, Processes
 from engine.training.schedule import Schedule
 from engine.training.tracking import LOG_EVERY, Tracker
+from engine.training.trainer import Loss, Trainer
 
 SPIKE_WINDOW = 50
 """Steps whose median loss a spike is measured against."""

@@ -28,10 +28,11 @@ from engine.training.config import Trained
 if TYPE_CHECKING:
     import torch
 
+    from engine.data.batches import Batch
     from engine.data.readers import Row
     from engine.data.rows import Prepared
     from engine.data.splits import Splits
-    from engine.training.distributed import Batch, Processes
+    from engine.training.processes import Processes
 
 OTHER_TOKENS = "it has another tokenizer than its teacher: their tokens cannot be matched: set hidden and attention to 0"
 OTHER_WIDTH = "student and teacher have other numbers of features: their hidden states cannot be compared: set hidden to 0"
@@ -280,8 +281,8 @@ def run(stage: Stage[DistillConfig]) -> None:
     from engine.models.fitting import load_finished, load_fitting
     from engine.randomness import torch_seed
     from engine.tasks import reads_alike, task_of_model, with_tokenizer_of
-    from engine.training.distributed import Processes
     from engine.training.loop import Fit
+    from engine.training.processes import Processes
 
     started = time.monotonic()
     # Fused attention kernels do not give their maps away.

@@ -10,7 +10,7 @@ from engine.stages.stage import stage_main
 
 def run(stage):
     """Meets the other ranks once, then rank 1 fails and the others wait for it."""
-    from engine.training.distributed import Processes
+    from engine.training.processes import Processes
 
     processes = Processes(stage.config, stage.recipe)
     processes.barrier()

@@ -6,7 +6,8 @@ import torch
 from engine.config import load_recipe
 from engine.errors import UserError
 from engine.models import checkpoint_activations, load_model
-from engine.training.distributed import Processes, Trainer
+from engine.training.processes import Processes
+from engine.training.trainer import Trainer
 from launch.recipe import load_stages
 from tests.recipes import finetune_section, pretrain_section, read_history, read_weights, run_here, train_section, write_recipe
 

@@ -6,7 +6,7 @@ import pytest
 
 from engine.config import load_recipe
 from engine.errors import UserError
-from engine.training.distributed import require_processes
+from engine.training.processes import require_processes
 from engine.training.zero import NVME_VARIABLE, Host, prepare_nvme, read_zero_config
 from engine.training.zero import zero_config_of as name_of
 from engine.training.zero_files import SHIPPED, find_zero_config, zero_config_names
