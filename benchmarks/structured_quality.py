@@ -60,10 +60,15 @@ SHARES = ("exact", "intent_accuracy")
 """Metrics that are shares of right rows."""
 
 
+def run_name(name: str, changes: dict[str, Any]) -> str:
+    """Returns the name of the run that trains a set with some changes of its task."""
+    return "_".join(["structured", name, *(f"{key}_{value}" for key, value in changes.items())])
+
+
 def measured(case: Case, data: Path, model: str, changes: dict[str, Any], metric: str, runs: Path, name: str) -> Figure:
     """Trains and returns a metric on the test rows, with its interval where one is kept."""
     section = case._replace(task={**case.task, **changes}).section(data, model)
-    run = "_".join(["structured", name, *(f"{key}_{value}" for key, value in changes.items())])
+    run = run_name(name, changes)
     metrics = run_stage(section, runs, run)["metrics"]["test"]
     ends = [metrics[f"{metric}_{end}"] for end in ("low", "high") if f"{metric}_{end}" in metrics]
     rows = int(metrics["examples"])

@@ -11,9 +11,8 @@ from typing import Any
 
 from engine.config import ModelRef, Recipe, references
 from engine.errors import UserError
-from engine.models import CLASSIFIER
 from engine.models.facts import ModelFiles
-from engine.models.families import check_kept, family_of, require, stack_sizes, trained_layers
+from engine.models.families import HEADS, check_kept, family_of, require, stack_sizes, trained_layers
 from engine.pretrain import PretrainConfig
 from engine.stages.stage import Stage
 from engine.tasks import task_class
@@ -48,9 +47,10 @@ def check_families(recipe: Recipe, stage: Stage[Any]) -> None:
 def _asked(stage: Stage[Any]) -> Iterator[tuple[str, ModelRef, str]]:
     """Yields (key, model, operation) of everything that the family table may refuse."""
     config = stage.config
-    if hasattr(config, "task") and task_class(config.task).head == CLASSIFIER:
+    operation = HEADS.get(task_class(config.task).head) if hasattr(config, "task") else None
+    if operation is not None:
         models = [(key, reference) for key, reference in references(config) if isinstance(reference, ModelRef)]
-        yield from ((key, reference, "classes") for key, reference in models)
+        yield from ((key, reference, operation) for key, reference in models)
     for key in SHRINKING.get(stage.kind, ()):
         if getattr(config, key) is not None:
             yield key, config.model, key

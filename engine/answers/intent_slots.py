@@ -6,6 +6,7 @@ Shapes: N rows, M windows, I intents.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,6 +98,15 @@ class Answers(tagging.Answers):
         truth_N, given_N = (np.array([number[name] for name in each], dtype=np.int64) for each in (truth, given))
         counts = class_counts(given_N, truth_N, len(names))
         return {**super().table(answers, rows), **counts.table([f"{PREFIX}{name}" for name in names])}
+
+    def confusion(self, answers: list[Answer], rows: Sequence[Row]) -> dict[str, Any]:
+        """Returns that of the types of slots, and behind them that of the intents with PREFIX."""
+        slots = super().confusion(answers, rows)
+        pairs = Counter((str(self.intent(row)), answer["intent"]) for answer, row in zip(answers, rows, strict=True))
+        names = sorted({name for pair in pairs for name in pair})
+        number = {name: len(slots["labels"]) + index for index, name in enumerate(names)}
+        counts = sorted([number[true], number[given], count] for (true, given), count in pairs.items())
+        return {"labels": [*slots["labels"], *(f"{PREFIX}{name}" for name in names)], "counts": [*slots["counts"], *counts]}
 
     off_by = "wrong slots, and the intent"
 

@@ -17,7 +17,7 @@ from engine.answers._batches import MASK
 from engine.config import Strict
 from engine.errors import UserError
 from engine.models.facts import ModelFiles
-from engine.models.families import NEW, STRUCTURE_KEY, family_for_packing, family_of, require
+from engine.models.families import HEADS, NEW, STRUCTURE_KEY, family_for_packing, family_of, require
 from engine.models.weights import read_headers, weight_files
 
 if TYPE_CHECKING:
@@ -144,8 +144,8 @@ def load_model(
     for key, value in (settings or {}).items():
         setattr(config, key, value)
     auto = _auto_class(head)
-    if head == CLASSIFIER:
-        require(config.model_type, "classes")
+    if head in HEADS:
+        require(config.model_type, HEADS[head])
     try:
         if random or getattr(config, STRUCTURE_KEY, None):
             built = auto.from_config(config, attn_implementation=attention)
@@ -163,6 +163,7 @@ def load_model(
             config=config,
             attn_implementation=attention,
             use_safetensors=True,
+            key_mapping=_other_bodies(auto, config),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -174,15 +175,29 @@ def load_model(
         raise UserError(f"model '{model}' cannot be loaded: {reason}") from None
 
 
+def _other_bodies(auto: Any, config: Any) -> dict[str, str] | None:
+    """Returns {pattern: prefix} for weights that call the body as another head of their family does; None where all agree."""
+    if not (names := family_of(config.model_type).bodies):
+        return None
+    own = auto._model_mapping[type(config)].base_model_prefix
+    return {rf"^{name}\.": f"{own}." for name in names if name != own}
+
+
 def _by_rows(model: PreTrainedModel, head: str) -> PreTrainedModel:
     """Returns a model whose answer to a row depends on that row alone, whatever shares its batch."""
     if MASK not in inspect.signature(type(model).forward).parameters:
         raise UserError(f"models of type '{model.config.model_type}' take no attention mask: an answer would depend on padding")
+    if family_of(model.config.model_type).float_mask:
+        model.register_forward_pre_hook(_float_mask, with_kwargs=True)
     if head == CLASSIFIER:
         from engine.models.pooling import pool_each_row
 
         pool_each_row(model)
     return model
+
+
+def _float_mask(model: PreTrainedModel, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    return inputs, {**options, **({MASK: options[MASK].to(model.dtype)} if options.get(MASK) is not None else {})}
 
 
 def _require_fitting(built: PreTrainedModel, model: Path | str, loading: dict[str, Any], whole: bool) -> None:

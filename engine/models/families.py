@@ -19,6 +19,8 @@ STRUCTURE_KEY = "bothways_structure"
 
 OPERATIONS = {
     "classes": "cannot classify",
+    "tags": "cannot tag words",
+    "spans": "cannot find answers in a text",
     "layers": "cannot be given fewer layers",
     "heads": "cannot lose attention heads",
     "neurons": "cannot lose FFN neurons",
@@ -28,6 +30,12 @@ OPERATIONS = {
     "maps": "give no attention maps that could be matched",
 }
 """What a row is asked for, and how a message says that it cannot be done."""
+HEADS = {
+    "AutoModelForSequenceClassification": "classes",
+    "AutoModelForTokenClassification": "tags",
+    "AutoModelForQuestionAnswering": "spans",
+}
+"""Class of transformers that gives a model its head → the operation that needs it."""
 LAYERED = ("layers", "heads", "neurons", "attention", "ffn")
 """Operations that need to know where the layers lie."""
 
@@ -97,6 +105,10 @@ class Family:
     positions: Literal["table", "after padding", "relative"] = "table"
     """`after padding`: counted from behind the id of the padding token, so that so many embeddings are never used.
     `relative`: no length is too long."""
+    bodies: tuple[str, ...] = ()
+    """What weights call the body, where that depends on their head."""
+    float_mask: bool = False
+    """Its mask of zeros and ones must be numbers of the weights' kind, or the tracer stumbles."""
     packed: bool = False
     """Takes rows of several documents: explicit positions and an additive mask of shape (rows, 1, tokens, tokens)."""
     additive_mask: bool = False
@@ -245,15 +257,17 @@ def _t5(side: str, count: str, ffn: str) -> Stack:
 
 
 _SHARED_TABLE = {"embeddings": "encoder and decoder share it"}
+_NO_HEADS = dict.fromkeys(HEADS.values(), "transformers has no such head for them")
+_NO_TAGS, _NO_SPANS = ({name: _NO_HEADS[name]} for name in ("tags", "spans"))
 _SEQ2SEQ = Family(plain_attention=True, hidden="d_model", pooled="end", cannot=_SHARED_TABLE)
-_BART_ROW = replace(_SEQ2SEQ, stacks=(_bart("encoder"), _bart("decoder")))
+_BART_ROW = replace(_SEQ2SEQ, stacks=(_bart("encoder"), _bart("decoder")), cannot={**_SHARED_TABLE, **_NO_TAGS})
 _T5_ROW = replace(
     _SEQ2SEQ,
     stacks=(_t5("encoder", "num_layers", "layer.1"), _t5("decoder", "num_decoder_layers", "layer.2")),
     positions="relative",
     first_layer_stays=True,
 )
-_DECODER = Family((_LLAMA,), plain_attention=True, per_layer=("layer_types",))
+_DECODER = Family((_LLAMA,), plain_attention=True, per_layer=("layer_types",), bodies=("model", "transformer"))
 
 FAMILIES = {
     "albert": replace(_BERT, stacks=(_ALBERT,), shared_layers="num_hidden_groups"),
@@ -268,9 +282,9 @@ FAMILIES = {
     "ernie": _BERT,
     "fnet": Family(cannot=dict.fromkeys(OPERATIONS, "they take no attention mask, so that an answer would depend on padding")),
     "gpt2": Family((_GPT2,), plain_attention=True, token_types=False, hidden="n_embd"),
-    "layoutlm": replace(_BERT, additive_mask=False),
+    "layoutlm": replace(_BERT, additive_mask=False, cannot=_NO_SPANS),
     "llama": _DECODER,
-    "marian": replace(_BART_ROW, cannot={**_SHARED_TABLE, "classes": "transformers has no head of classes for them"}),
+    "marian": replace(_BART_ROW, cannot={**_SHARED_TABLE, **_NO_HEADS}),
     "mbart": replace(_BART_ROW, decoder_wraps=True),
     "megatron-bert": _BERT,
     "mistral": _DECODER,
@@ -291,6 +305,7 @@ FAMILIES = {
         hidden="d_model",
         positions="relative",
         pooled="last",
+        float_mask=True,
         cannot=dict.fromkeys(("heads", "attention"), "query, key, value and output are bare parameters"),
     ),
 }

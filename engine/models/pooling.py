@@ -33,9 +33,8 @@ def _last_token(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tenso
     """Forward pass of a model whose head reads the last token: of each row the last one that is attended to."""
     from transformers.modeling_outputs import SequenceClassifierOutput
 
-    attended_BL = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    # A mask of numbers of another kind than its own is what the tracer stumbles over.
-    output = model.base_model(input_ids, attention_mask=attended_BL.to(model.dtype), **options)
+    attended_BL = torch.ones_like(input_ids, dtype=model.dtype) if attention_mask is None else attention_mask
+    output = model.base_model(input_ids, attention_mask=attended_BL, **options)
     token_B1H = token_at(output.last_hidden_state, last_of(attended_BL))
     logits_BC = model.logits_proj(model.sequence_summary(token_B1H))
     return SequenceClassifierOutput(logits=logits_BC, hidden_states=output.hidden_states, attentions=output.attentions)

@@ -154,6 +154,15 @@ def test_types_and_intents_are_judged_each_and_shown_with_the_text(task):
     assert judge.line(GIVEN[1]) == "ask\t0.7500\t-"
 
 
+def test_types_of_slots_and_intents_are_confused_among_themselves(task):
+    labels = [*task.answers.types, "(none)", "intent:ask", "intent:tell"]
+    found = task.answers.confusion(GIVEN, ROWS)
+    assert [labels[2:], len(found["labels"])] == [found["labels"][2:], 5]
+    named = {(found["labels"][true], found["labels"][given]): count for true, given, count in found["counts"]}
+    intents = {("intent:ask", "intent:ask"): 1, ("intent:tell", "intent:ask"): 1, ("intent:tell", "intent:tell"): 1}
+    assert named == {("WORK", "WORK"): 2, ("PER", "(none)"): 1, **intents}
+
+
 def test_what_no_training_row_has_counts_as_missed(task):
     rows = [{**ROWS[1], "intent": "sing"}, {**ROWS[2], "slots": ["O", "B-GPE", "O", "O", "O"]}]
     figures = task.answers.metrics([TRUE[1], TRUE[2]], rows)
