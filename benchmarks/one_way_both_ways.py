@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
             rate = case.learning_rate * RATES[way]
             section = case.section(data, MODEL, layers=layers, learning_rate=rate)
             run = f"quality_{name}" if way == "full" else f"ways_{name}_{way}"  # the full training is that of finetune_quality
-            record = run_stage(section, chosen.runs, run)
+            record = run_stage({"finetune": section}, chosen.runs, run)
             score = score_of(case, chosen.runs / run / STAGE, record)
             command = f"python -m benchmarks one_way_both_ways --data {data.name}"
             print(merge_result("one_way_both_ways", command, head(), {f"{name}_{way}": score}))

@@ -69,7 +69,7 @@ def measured(case: Case, data: Path, model: str, changes: dict[str, Any], metric
     """Trains and returns a metric on the test rows, with its interval where one is kept."""
     section = case._replace(task={**case.task, **changes}).section(data, model)
     run = run_name(name, changes)
-    metrics = run_stage(section, runs, run)["metrics"]["test"]
+    metrics = run_stage({"finetune": section}, runs, run)["metrics"]["test"]
     ends = [metrics[f"{metric}_{end}"] for end in ("low", "high") if f"{metric}_{end}" in metrics]
     rows = int(metrics["examples"])
     value = Interval(metrics[metric], *ends) if ends else metrics[metric]

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.distributed.conftest import Bothways, succeed
+from tests.distributed.test_resume_check import check
 from tests.recipes import (
     finetune_section,
     read_history,
@@ -36,7 +37,10 @@ def single(case, tmp_path_factory):
     return run_here(case[0], "teacher", tmp_path_factory.mktemp("single")).directory
 
 
-@pytest.mark.parametrize("level", ["zero3", pytest.param("zero2", marks=pytest.mark.slow)])
+LEVELS = ["zero3", *(pytest.param(level, marks=pytest.mark.slow) for level in ("zero0", "zero1", "zero2"))]
+
+
+@pytest.mark.parametrize("level", LEVELS)
 def test_two_ranks_train_the_crf_that_one_trains(case, single, tmp_path, level):
     recipe, metric = case
     settings = [f"teacher.parallel={level}", "teacher.processes=2", "teacher.train.micro_batch_size=2"]
@@ -53,3 +57,11 @@ def test_two_ranks_train_the_crf_that_one_trains(case, single, tmp_path, level):
     assert own.keys() == theirs.keys()
     for name, tensor in theirs.items():
         torch.testing.assert_close(tensor, own[name], rtol=0, atol=1e-3, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [(), ("--set", "teacher.parallel=zero3", "--set", "teacher.processes=2")])
+def test_a_killed_training_goes_on_bit_by_bit(case, tmp_path, spread):
+    done = check(case[0], tmp_path / "runs", *spread, "--steps", "40")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("verdict: resume is bit-exact\n")
