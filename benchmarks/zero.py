@@ -150,11 +150,11 @@ def launch(recipe: Path, run: Run, runs: Path, part: str, overrides: list[str] |
 
 def write_tokenizer(recipe: Path) -> list[str]:
     """Learns one vocabulary for all runs (learning it twice may order it otherwise); returns the overrides that name it."""
-    from engine.data.wordpiece import learn_wordpiece
+    from engine.data.vocabulary import learn_tokenizer
 
     directory = recipe.parent / "tokenizer"
     lines = (recipe.parent / "rows.jsonl").read_text().splitlines()
-    learn_wordpiece((json.loads(line)["text"] for line in lines), VOCABULARY, True, None, directory)
+    learn_tokenizer("wordpiece", (json.loads(line)["text"] for line in lines), VOCABULARY, True, directory)
     (directory / "config.json").write_text('{"model_type": "bert"}')
     return ["base.tokenizer=tokenizer"]
 

@@ -71,7 +71,7 @@ def subject(stage: Stage[Any], rows: int) -> tuple[Any, Any, dict[str, Any]]:
     config = stage.config
     vocabulary, length = config.tokenizer.train.vocab_size, config.sequence_length
     torch.manual_seed(0)
-    model = build_model(config.model, Objective.head, vocabulary, 0)
+    model = build_model(config.model, Objective.head, vocabulary, {"pad_token_id": 0})
     Objective.adapt(model)
     set_dropout(model, config.train.dropout)
     objective = Objective(config.objective, vocabulary, 4, [0, 1, 2, 3, 4])
@@ -94,7 +94,9 @@ def warm_up(stage: int | None) -> None:
 
     from engine.models import ScratchConfig, build_model
 
-    model = build_model(ScratchConfig(layers=1, hidden=64, heads=2, positions=32), "AutoModelForMaskedLM", 128, 0)
+    model = build_model(
+        ScratchConfig(layers=1, hidden=64, heads=2, positions=32), "AutoModelForMaskedLM", 128, {"pad_token_id": 0}
+    )
     ids = torch.zeros(2, 16, dtype=torch.int64)
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):

@@ -1,7 +1,7 @@
 """What a stage need not say again: `task`, `data` and `max_length` come from the stage whose model it reads.
 
-It works on raw sections, before any of them is validated, and knows no kind of stage: a section reads the model that its key
-`teacher` or `model` names, and passes on what it has when it has a task. (Pretraining has none: its data is plain text.)
+It works on raw sections, before any of them is validated: a section reads the model that its key `teacher` or `model` names, and
+passes on what it has when it has a task. Pretraining has none and takes none over: its data is plain text.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ INHERITED = ("task", "data", "max_length")
 """Keys of a section that are inherited, each as a whole."""
 SOURCES = ("teacher", "model", "models")
 """Keys that name the model whose stage is inherited from; the first that is there counts, and of several models the first."""
+
+
+WITHOUT = "pretrain"
+"""The kind of stage that inherits nothing."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,10 @@ def inherit(stages: Stages, record: Callable[[str], dict[str, Any] | None]) -> d
         record: returns the section in the stage.json of the directory that a reference names, None where there is none.
     """
     found: dict[str, Inheritance] = {}
-    for name, (_, section) in stages.items():
+    for name, (kind, section) in stages.items():
+        if kind == WITHOUT:
+            found[name] = Inheritance(reason="pretraining has no task")
+            continue
         offered, values, reason = _offered(name, section, stages, found, record)
         mine = {key: value for key, value in values.items() if key not in section}
         found[name] = Inheritance(mine, {key: offered[key] for key in mine}, offered, reason)

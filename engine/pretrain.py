@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from engine.config import Strict, TokenizerRef
+from engine.config import ModelRef, Strict, TokenizerRef
 from engine.data.splits import DataConfig
+from engine.data.vocabulary import SPECIAL_TOKENS
+from engine.errors import UserError
 from engine.models import ScratchConfig
+from engine.models.families import HEADS, require
 from engine.objectives import AnyObjective, default_objective, objective_class
 from engine.stages import heartbeat
 from engine.stages.stage import Stage, stage_main
@@ -23,13 +27,26 @@ if TYPE_CHECKING:
     from engine.training.processes import Processes
 
 
-class NewTokenizer(Strict):
-    """A lower-casing WordPiece vocabulary learnt from the training texts."""
+BPE_LEAST = 261
+"""The bytes and the special tokens."""
 
+
+class NewTokenizer(Strict):
+    """A vocabulary learnt from the training texts."""
+
+    type: Literal["wordpiece", "bpe"] = "wordpiece"
+    """BERT's, or GPT-2's and RoBERTa's pairs of bytes (at least 261 tokens)."""
     vocab_size: int = Field(30_522, ge=100)
-    lowercase: bool = True
+    lowercase: bool | None = None
+    """Fold case; None: WordPiece does, BPE does not."""
     documents: int | None = Field(None, ge=1)
     """Learn from this many documents only, from the top."""
+
+    @model_validator(mode="after")
+    def _bytes_fit(self) -> NewTokenizer:
+        if self.type == "bpe" and self.vocab_size < BPE_LEAST:
+            raise ValueError(f"vocab_size={self.vocab_size}: pairs of bytes begin with {BPE_LEAST} tokens: raise it")
+        return self
 
 
 class TokenizerConfig(Strict):
@@ -49,9 +66,12 @@ class TokenizerConfig(Strict):
 class PretrainConfig(Trained):
     """Section of a `pretrain` stage."""
 
-    model: ScratchConfig
-    """Shape of the new model."""
-    tokenizer: Annotated[TokenizerConfig, BeforeValidator(lambda value: {"model": value} if isinstance(value, str) else value)]
+    model: ScratchConfig | ModelRef
+    """Shape of a new model; or a model that goes on learning, from the text of another domain, for example."""
+    tokenizer: (
+        Annotated[TokenizerConfig, BeforeValidator(lambda value: {"model": value} if isinstance(value, str) else value)] | None
+    ) = None
+    """Of a new model; one that goes on learning keeps its own."""
     objective: AnyObjective = Field(default_factory=default_objective)
     """What is learnt; without a `type` masked language modelling."""
     data: DataConfig
@@ -60,11 +80,36 @@ class PretrainConfig(Trained):
     sequence_length: int = Field(128, ge=8)
     """Tokens per packed row; longer documents are cut into windows."""
 
+    @property
+    def shape(self) -> ScratchConfig | None:
+        """Shape of the new model, None where one goes on learning."""
+        return self.model if isinstance(self.model, ScratchConfig) else None
+
+    @model_validator(mode="after")
+    def _new_or_not(self) -> PretrainConfig:
+        if self.shape is None and self.tokenizer is not None:
+            raise ValueError("tokenizer: a model that goes on learning keeps its own: leave it out")
+        if self.shape is not None and self.tokenizer is None:
+            raise ValueError("tokenizer: a new model needs one: name a model's, or `train: {vocab_size: 8192}`")
+        chosen = objective_class(self.objective)
+        if self.tokenizer is not None and self.tokenizer.train is not None:
+            kind = self.tokenizer.train.type
+            missing = [name for name in chosen.special_tokens if name not in SPECIAL_TOKENS[kind]]
+            if missing:
+                raise ValueError(f"tokenizer.train: {kind} has no {', '.join(missing)}, which {chosen.says} needs: set type: bpe")
+        operation = HEADS.get(chosen.head)
+        if self.shape is not None and operation is not None:
+            try:
+                require(self.shape.family, operation)
+            except UserError as error:
+                raise ValueError(f"objective: {error}") from None
+        return self
+
     @model_validator(mode="after")
     def _positions_reach(self) -> PretrainConfig:
-        if self.sequence_length > self.model.positions:
+        if self.shape is not None and self.sequence_length > self.shape.positions:
             raise ValueError(
-                f"sequence_length={self.sequence_length} is above model.positions={self.model.positions}: "
+                f"sequence_length={self.sequence_length} is above model.positions={self.shape.positions}: "
                 "lower the first or raise the second"
             )
         if not self.data.validation:
@@ -82,7 +127,7 @@ def run(stage: Stage[PretrainConfig]) -> None:
 
     from engine.data.packed import PackedBatches
     from engine.finetune import saver
-    from engine.models import build_model, load_tokenizer, set_dropout
+    from engine.models import load_tokenizer, set_dropout
     from engine.randomness import torch_seed
     from engine.training.loop import Fit, Judge
     from engine.training.processes import Processes
@@ -97,17 +142,23 @@ def run(stage: Stage[PretrainConfig]) -> None:
         chosen.require(tokenizer)
         training, validation = _corpora(stage, tokenizer)
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
-    model = build_model(config.model, chosen.head, rounded(len(tokenizer)), tokenizer.pad_token_id)
+    model, changes, new = _model(stage, chosen.head, tokenizer)
     chosen.adapt(model)
     objective = chosen.of_tokenizer(config.objective, tokenizer)
-    objective.begin(model, training)
+    if new:
+        objective.begin(model, training)
     if config.train.dropout is not None:
         set_dropout(model, config.train.dropout)
     batches = PackedBatches(training, objective, tokenizer, config.sequence_length, config.train.batch_size, stage.seed)
     held_out = PackedBatches(validation, objective, tokenizer, config.sequence_length, config.train.batch_size, stage.seed)
     judge = Judge(held_out.evaluate, "loss", False, held_out.probe)
     fit = Fit(processes, model, objective.loss, batches, judge, saver(model, tokenizer), stage.partial, stage.name, stage.seed)
-    for note in (f"{processes.describe}; {batches.describe}", f"training {training.describe}", f"held out {validation.describe}"):
+    for note in (
+        f"{processes.describe}; {batches.describe}",
+        f"training {training.describe}",
+        f"held out {validation.describe}",
+        *changes,
+    ):
         fit.tracker.say(note)
     state = fit.run()
     if processes.main:
@@ -147,6 +198,25 @@ def _publish(
     )
 
 
+def _model(stage: Stage[PretrainConfig], head: str, tokenizer: Any) -> tuple[Any, list[str], bool]:
+    """Returns (the model, what was changed in one that goes on learning, whether what scores the vocabulary is new)."""
+    from engine.models import build_model, has_head, load_model, positions_of, special_ids
+    from engine.models.fitting import fit_tokenizer
+
+    shape, reference = stage.config.shape, stage.config.model
+    if shape is not None:
+        return build_model(shape, head, rounded(len(tokenizer)), special_ids(tokenizer)), [], True
+    assert isinstance(reference, ModelRef)
+    path = stage.recipe.find_model(reference)
+    model = load_model(path, head, settings={})
+    positions = positions_of(model.config.to_dict())
+    if positions is not None and stage.config.sequence_length > positions:
+        raise UserError(f"sequence_length={stage.config.sequence_length} is above the {positions} positions of '{reference}'")
+    new = not has_head(model, path)
+    said = [f"'{reference}' has nothing that scores the vocabulary: it begins at random"] if new else []
+    return model, [*said, *fit_tokenizer(model, tokenizer)], new
+
+
 def rounded(vocabulary: int) -> int:
     """Pads the vocabulary to a multiple of 64: matrix products with odd widths are markedly slower."""
     return -(-vocabulary // 64) * 64
@@ -158,16 +228,19 @@ def _tokenizer_directory(stage: Stage[PretrainConfig]) -> Path | str:
     from engine.data.sources import read_rows
 
     config = stage.config.tokenizer
-    if config.model is not None:
-        return stage.recipe.find_model(config.model)
-    assert config.train is not None
+    reference = stage.config.model if config is None else config.model
+    if isinstance(reference, ModelRef):
+        return stage.recipe.find_model(reference)
+    assert config is not None and config.train is not None
     directory = stage.partial / "tokenizer"
     if not directory.exists():
-        from engine.data.wordpiece import learn_wordpiece
+        from engine.data.vocabulary import learn_tokenizer
 
         rows = read_rows(stage.config.data.train, stage.recipe, {stage.config.text: text_cell})
         texts = (str(row[stage.config.text]) for row in rows)
-        learn_wordpiece(texts, config.train.vocab_size, config.train.lowercase, config.train.documents, directory)
+        new = config.train
+        lowercase = new.type == "wordpiece" if new.lowercase is None else new.lowercase
+        learn_tokenizer(new.type, itertools.islice(texts, new.documents), new.vocab_size, lowercase, directory)
     return directory
 
 

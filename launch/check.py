@@ -13,9 +13,8 @@ from engine.data.cells import Cell, text_cell
 from engine.data.sources import SourceConfig, SourceRows
 from engine.errors import UserError
 from engine.judging import require_column
-from engine.models import positions_of
+from engine.models import ScratchConfig, positions_of
 from engine.models.facts import ModelFiles
-from engine.pretrain import PretrainConfig
 from engine.stages.stage import Stage
 from engine.tasks import task_class
 from engine.training.zero import read_zero_config, zero_config_of
@@ -112,19 +111,20 @@ def _check_rows(stage: Stage[Any], source: SourceConfig, columns: dict[str, Cell
 
 
 def _check_length(recipe: Recipe, stage: Stage[Any]) -> None:
-    length: int = getattr(stage.config, "max_length", 0)  # pretraining builds its positions itself
+    key = "sequence_length" if stage.kind == "pretrain" else "max_length"
+    length: int = getattr(stage.config, key, 0)
     if hasattr(stage.config, "task"):
         try:
             stage.config.task.check_length(length)
         except UserError as error:
             raise recipe.error(f"stages.{stage.name}.{stage.kind}.task", str(error)) from None
-    for key, reference in references(stage.config):
+    for name, reference in references(stage.config):
         if not isinstance(reference, ModelRef) or isinstance(reference, TokenizerRef):
             continue
         positions = _positions(recipe, reference)
         if positions and length > positions:
-            where = f"stages.{stage.name}.{stage.kind}.max_length"
-            fits = f"the {positions} positions of {key} '{reference}'"
+            where = f"stages.{stage.name}.{stage.kind}.{key}"
+            fits = f"the {positions} positions of {name} '{reference}'"
             raise recipe.error(where, f"{where}={length} is above {fits}: set it to {positions} or less")
 
 
@@ -133,7 +133,7 @@ def _positions(recipe: Recipe, reference: ModelRef) -> int | None:
     origin = origin_of(recipe, reference)
     if isinstance(origin, Path):
         return positions_of(ModelFiles(origin).config)
-    return origin.model.positions if isinstance(origin, PretrainConfig) else None
+    return origin.positions if isinstance(origin, ScratchConfig) else None
 
 
 def _check_tokens(recipe: Recipe, stage: Stage[Any]) -> None:

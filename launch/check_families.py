@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.config import ModelRef, Recipe, references
+from engine.config import ModelRef, Recipe, TokenizerRef, references
 from engine.errors import UserError
+from engine.models import ScratchConfig
 from engine.models.facts import ModelFiles
 from engine.models.families import HEADS, check_kept, family_of, require, stack_sizes, trained_layers
-from engine.pretrain import PretrainConfig
+from engine.objectives import objective_class
 from engine.stages.stage import Stage
 from engine.tasks import task_class
 from export.compress.distill import OTHER_WIDTH, layers_to_keep
@@ -47,9 +48,16 @@ def check_families(recipe: Recipe, stage: Stage[Any]) -> None:
 def _asked(stage: Stage[Any]) -> Iterator[tuple[str, ModelRef, str]]:
     """Yields (key, model, operation) of everything that the family table may refuse."""
     config = stage.config
-    operation = HEADS.get(task_class(config.task).head) if hasattr(config, "task") else None
+    head = task_class(config.task).head if hasattr(config, "task") else None
+    if stage.kind == "pretrain":
+        head = objective_class(config.objective).head
+    operation = HEADS.get(head or "")
     if operation is not None:
-        models = [(key, reference) for key, reference in references(config) if isinstance(reference, ModelRef)]
+        models = [
+            (key, reference)
+            for key, reference in references(config)
+            if isinstance(reference, ModelRef) and not isinstance(reference, TokenizerRef)
+        ]
         yield from ((key, reference, operation) for key, reference in models)
     for key in SHRINKING.get(stage.kind, ()):
         if getattr(config, key) is not None:
@@ -77,8 +85,8 @@ def _check_trained(recipe: Recipe, stage: Stage[Any]) -> None:
     wanted = stage.config.train.layers if KINDS[stage.kind].trains else "all"
     if wanted == "all":
         return
-    if stage.kind == "pretrain":
-        there = stage.config.model.layers
+    if getattr(stage.config, "shape", None):
+        there = stage.config.shape.layers
     else:
         there = trained_layers(_about(recipe, _learner(stage)), _student_layers(recipe, stage))
     if there and wanted > there:
@@ -104,19 +112,19 @@ def _about(recipe: Recipe, reference: ModelRef) -> dict[str, Any]:
     origin = origin_of(recipe, reference)
     if isinstance(origin, Path):
         return ModelFiles(origin).config
-    return {"model_type": origin.model.family, "hidden_size": origin.model.hidden} if isinstance(origin, PretrainConfig) else {}
+    return {"model_type": origin.family, "hidden_size": origin.hidden} if isinstance(origin, ScratchConfig) else {}
 
 
 def _width(about: dict[str, Any]) -> int | None:
     return about.get(family_of(about.get("model_type")).hidden)
 
 
-def origin_of(recipe: Recipe, reference: ModelRef) -> Path | PretrainConfig | str:
-    """Returns where a model comes from, through the stages that lead to it: a directory, a pretraining or a hub id."""
+def origin_of(recipe: Recipe, reference: ModelRef) -> Path | ScratchConfig | str:
+    """Returns where a model comes from, through the stages that lead to it: a directory, a new model or a hub id."""
     if reference not in recipe.stages:
         return recipe.find_model(reference)
     stage = _stage(recipe, reference)
-    return stage.config if stage.kind == "pretrain" else origin_of(recipe, _learner(stage))
+    return getattr(stage.config, "shape", None) or origin_of(recipe, _learner(stage))
 
 
 def _layers(recipe: Recipe, reference: ModelRef) -> list[int]:
@@ -129,8 +137,8 @@ def _layers(recipe: Recipe, reference: ModelRef) -> list[int]:
 
 def _student_layers(recipe: Recipe, stage: Stage[Any]) -> list[int]:
     """Returns the same of the model that a stage makes."""
-    if stage.kind == "pretrain":
-        return [stage.config.model.layers]
+    if getattr(stage.config, "shape", None):
+        return [stage.config.shape.layers]
     keep, layers = stage.config.student.layers if stage.kind == "distill" else None, _layers(recipe, _learner(stage))
     return layers if keep is None else [keep if isinstance(keep, int) else len(keep) for _ in layers]
 

@@ -15,7 +15,7 @@ from engine.tasks import task_class
 
 GENERIC = (None, "TokenizersBackend", "PreTrainedTokenizerFast")
 """Classes of tokenizers that know no special tokens but those that their files name."""
-TRAINED = {"finetune": "model", "distill": "student.model"}
+TRAINED = {"pretrain": "model", "finetune": "model", "distill": "student.model"}
 """The key of each kind of stage whose model goes on learning: what its weights lack is made new."""
 
 
@@ -57,6 +57,9 @@ def _check_model(files: ModelFiles, stage: Stage[Any], key: str, reference: Mode
     if stage.kind == "export" and key == "model" and _quantized_here(files.directory):
         return []
     trained = TRAINED.get(stage.kind) == key
+    if stage.kind == "pretrain":
+        _check_weights(files, None)
+        return _vocabulary_notes(files, trained)
     task = task_class(stage.config.task)
     own = class_names(files.config, task.head.removeprefix("AutoModel"))
     if own is None and not trained:

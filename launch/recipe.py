@@ -43,6 +43,7 @@ KINDS = {
 }
 TAKES = {
     ("finetune", "model"): ("a fine-tuned model", "a pretrained model"),
+    ("pretrain", "model"): ("a pretrained model",),
     ("pretrain", "tokenizer.model"): ("a fine-tuned model", "a pretrained model"),
     ("export", "model"): ("a fine-tuned model", "an int8 graph"),
 }

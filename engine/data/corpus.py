@@ -66,6 +66,12 @@ class Corpus:
         first = starts[document] + number * length
         return np.stack([first, np.minimum(first + length, self.ends[document])], axis=1)
 
+    def borders(self, windows: np.ndarray) -> np.ndarray:
+        """Says of each window whether a document begins with it, and whether one ends with it, shape (windows, 2)."""
+        document = np.searchsorted(self.ends, windows[:, 0], side="right")
+        starts = np.concatenate([[0], self.ends[:-1]])
+        return np.stack([starts[document], self.ends[document]], axis=1) == windows
+
 
 class CorpusWriter:
     """Tokenizes documents, without special tokens, into a corpus that is complete or absent.

@@ -34,10 +34,13 @@ class PackedBatches:
 
     def __init__(self, corpus: Corpus, objective: Objective, tokenizer: Any, length: int, batch_size: int, seed: int) -> None:
         self.corpus, self.objective, self.length, self.seed = corpus, objective, length, seed
-        self.start, self.end = tokenizer.cls_token_id, tokenizer.sep_token_id
         self.pad = tokenizer.pad_token_id
-        self.windows = corpus.windows(length - 2)
-        self.packed = PackedRows(self.windows[:, 1] - self.windows[:, 0] + 2, length, seed)
+        self.frame = objective.frame(tokenizer)
+        around = [token is not None for token in (self.frame.before, self.frame.after)]
+        self.windows = corpus.windows(length - sum(around))
+        # Where each piece has the token before it, and the one behind it.
+        self.framed = np.broadcast_to(around, self.windows.shape) & (self.frame.pieces | corpus.borders(self.windows))
+        self.packed = PackedRows(self.windows[:, 1] - self.windows[:, 0] + self.framed.sum(axis=1), length, seed)
         self.plan = BatchPlan(np.full(len(self.packed), length), batch_size, seed, bucket=False)
         self.steps_per_epoch = self.plan.steps_per_epoch
 
@@ -49,6 +52,12 @@ class PackedBatches:
             f"{len(self.packed):,} rows of {self.length} ({self.packed.fill:.1%} filled), {self.steps_per_epoch:,} steps an epoch"
         )
 
+    def piece(self, number: int) -> np.ndarray:
+        """Returns the tokens of a piece with what stands around it, int64."""
+        first, last = self.windows[number]
+        before, after = ([token] if there else [] for token, there in zip(self.frame[:2], self.framed[number], strict=True))
+        return np.concatenate([before, self.corpus.tokens[first:last], after]).astype(np.int64)
+
     def row(self, epoch: int, row: int) -> dict[str, np.ndarray]:
         """Returns position_ids, segments and the columns of the objective of one packed row, each of shape (length,)."""
         empty = {"position_ids": 0, "segments": 0, **self.objective.columns}
@@ -57,8 +66,7 @@ class PackedBatches:
         }
         at = 0
         for number, piece in enumerate(self.packed.row(epoch, row), 1):
-            first, last = self.windows[piece]
-            tokens = np.concatenate([[self.start], self.corpus.tokens[first:last].astype(np.int64), [self.end]])
+            tokens = self.piece(piece)
             place = slice(at, at + len(tokens))
             for name, values in self.objective.corrupt(tokens, generator(self.seed, "mask", epoch, piece)).items():
                 columns[name][place] = values

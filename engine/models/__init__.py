@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from engine.answers._batches import MASK
 from engine.config import Strict
 from engine.errors import UserError
 from engine.models.facts import ModelFiles
-from engine.models.families import HEADS, NEW, STRUCTURE_KEY, family_for_packing, family_of, require
+from engine.models.families import FAMILIES, HEADS, NEW, STRUCTURE_KEY, family_of, require
 from engine.models.weights import read_headers, weight_files
 
 if TYPE_CHECKING:
@@ -45,10 +46,9 @@ class ScratchConfig(Strict):
 
     @model_validator(mode="after")
     def _takes_packed_rows(self) -> ScratchConfig:
-        try:
-            family_for_packing(self.family)
-        except UserError as error:
-            raise ValueError(f"family: {error}") from None
+        if not family_of(self.family).packed:
+            known = ", ".join(name for name, row in FAMILIES.items() if row.packed)
+            raise ValueError(f"family: models of type '{self.family}' take no packed rows: pretraining builds {known}")
         return self
 
     @model_validator(mode="after")
@@ -76,21 +76,47 @@ def default_attention() -> str:
     return "sdpa" if torch.cuda.is_available() else "eager"
 
 
-def build_model(shape: ScratchConfig, head: str, vocab_size: int, pad_id: int, attention: str | None = None) -> PreTrainedModel:
-    """Returns a randomly initialised model; draw with torch.manual_seed before calling."""
+def build_model(
+    shape: ScratchConfig, head: str, vocab_size: int, ids: Mapping[str, int | None], attention: str | None = None
+) -> PreTrainedModel:
+    """Returns a randomly initialised model; draw with torch.manual_seed before calling.
+
+    Args:
+        shape: its size.
+        head: see `load_model`.
+        vocab_size: rows of its table of tokens.
+        ids: entries of the configuration that name special tokens, see `special_ids`.
+        attention: see `load_model`.
+    """
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model(
-        shape.family,
-        vocab_size=vocab_size,
-        num_hidden_layers=shape.layers,
-        hidden_size=shape.hidden,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.intermediate or 4 * shape.hidden,
-        max_position_embeddings=shape.positions,
-        pad_token_id=pad_id,
-    )
+    family, defaults = family_of(shape.family), AutoConfig.for_model(shape.family)
+    sizes: dict[str, int | None] = {
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        family.neurons: shape.intermediate or 4 * shape.hidden,
+        "max_position_embeddings": shape.positions + (family.positions == "after padding") * ((ids["pad_token_id"] or 0) + 1),
+    }
+    # What would else be that of the family's published size: as many heads of keys, as wide as the others, no narrower table.
+    own = {
+        "num_key_value_heads": shape.heads,
+        "head_dim": shape.hidden // shape.heads,
+        **{key: shape.hidden for key in family.as_wide},
+    }
+    sizes |= {key: value for key, value in own.items() if getattr(defaults, key, None) is not None}
+    sizes |= {key: value for key, value in ids.items() if key == "pad_token_id" or getattr(defaults, key, None) is not None}
+    config = AutoConfig.for_model(shape.family, vocab_size=vocab_size, **sizes)
     return _auto_class(head).from_config(config, attn_implementation=attention or default_attention())
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """Returns the entries of a configuration that name a tokenizer's special tokens.
+
+    Where the end of a text pads, no token is named for padding: it has no embedding of its own then, and would never learn one.
+    """
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")}
+    return {**ids, "pad_token_id": None} if ids["pad_token_id"] == ids["eos_token_id"] else ids
 
 
 def read_config(model: Path | str) -> Any:
@@ -181,6 +207,13 @@ def _other_bodies(auto: Any, config: Any) -> dict[str, str] | None:
         return None
     own = auto._model_mapping[type(config)].base_model_prefix
     return {rf"^{name}\.": f"{own}." for name in names if name != own}
+
+
+def has_head(model: PreTrainedModel, path: Path | str) -> bool:
+    """Whether a model's weights hold anything of its head; one that only ties the table of tokens lacks nothing."""
+    body = f"{model.base_model_prefix}."
+    own = {name for name, _ in model.named_parameters() if not name.startswith(body)}
+    return not own or not isinstance(path, Path) or not own.isdisjoint(read_headers(path))
 
 
 def _by_rows(model: PreTrainedModel, head: str) -> PreTrainedModel:

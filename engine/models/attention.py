@@ -1,20 +1,64 @@
-"""Attention masks for packed rows."""
+"""How a model takes packed rows: whom a token sees, and where it stands.
+
+Shapes: B rows, L tokens.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from engine.models.families import family_of
 
-def packed_mask(segments_BL: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+SLIDING = "sliding_attention"
+"""What configurations call a layer in which a token sees a window around itself."""
+
+
+def packed_mask(segments_BL: torch.Tensor, dtype: torch.dtype, causal: bool = False, window: int | None = None) -> torch.Tensor:
     """Block-diagonal additive mask: a token sees the tokens of its own document and nothing else.
 
     Args:
         segments_BL: number of the document that each token belongs to, 0 for padding, shape (B, L).
         dtype: of the attention scores.
+        causal: it sees only itself and what lies before it.
+        window: it sees tokens up to so far away; causally, so many of them, itself among them. None: all.
 
     Returns:
         shape (B, 1, L, L): 0 where attention is allowed, the dtype's lowest number elsewhere. Padding sees only padding,
         so that no row of the softmax is empty.
     """
-    same = segments_BL[:, None, :, None] == segments_BL[:, None, None, :]
-    return torch.zeros(same.shape, dtype=dtype, device=same.device).masked_fill_(~same, torch.finfo(dtype).min)
+    seen = segments_BL[:, None, :, None] == segments_BL[:, None, None, :]
+    if causal or window is not None:
+        places_L = torch.arange(segments_BL.shape[1], device=segments_BL.device)
+        back_LL = places_L[:, None] - places_L[None, :]
+        if causal:
+            seen = seen & (back_LL >= 0)
+        if window is not None:
+            seen = seen & (back_LL < window if causal else back_LL.abs() <= window)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def packed_inputs(model: Any, segments_BL: torch.Tensor, positions_BL: torch.Tensor) -> dict[str, Any]:
+    """Returns the attention_mask and position_ids of packed rows as a family that takes them wants them.
+
+    Args:
+        model: of a family whose row says `packed`.
+        segments_BL: see `packed_mask`.
+        positions_BL: place of each token in its document, from 0.
+    """
+    config, family = model.config, family_of(model.config.model_type)
+    offset = config.pad_token_id + 1 if family.positions == "after padding" else 0
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ([SLIDING] if window and family.windowed else ["full_attention"]))
+    masks = {
+        kind: packed_mask(segments_BL, model.dtype, family.causal, window if kind == SLIDING else None) for kind in sorted(kinds)
+    }
+    return {"attention_mask": masks if len(masks) > 1 else masks.popitem()[1], "position_ids": positions_BL + offset}
+
+
+def vocabulary_scores(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Returns the scores of the vocabulary, shape (…, V), for hidden states of shape (…, H)."""
+    for name in family_of(model.config.model_type).vocabulary_head:
+        hidden = model.get_submodule(name)(hidden)
+    return hidden

@@ -21,6 +21,8 @@ OPERATIONS = {
     "classes": "cannot classify",
     "tags": "cannot tag words",
     "spans": "cannot find answers in a text",
+    "masked": "cannot be pretrained to predict masked tokens",
+    "next": "cannot be pretrained to predict the next token",
     "layers": "cannot be given fewer layers",
     "heads": "cannot lose attention heads",
     "neurons": "cannot lose FFN neurons",
@@ -34,8 +36,12 @@ HEADS = {
     "AutoModelForSequenceClassification": "classes",
     "AutoModelForTokenClassification": "tags",
     "AutoModelForQuestionAnswering": "spans",
+    "AutoModelForMaskedLM": "masked",
+    "AutoModelForCausalLM": "next",
 }
 """Class of transformers that gives a model its head → the operation that needs it."""
+PRETRAINED = {"masked": False, "next": True}
+"""Operations that need packed rows, and whether a token then sees those before it alone."""
 LAYERED = ("layers", "heads", "neurons", "attention", "ffn")
 """Operations that need to know where the layers lie."""
 
@@ -100,6 +106,10 @@ class Family:
     """Layer 0 is built otherwise than the others."""
     per_layer: tuple[str, ...] = ()
     """Keys of the configuration that list something for each layer."""
+    neurons: str = "intermediate_size"
+    """Key of config.json: neurons of a layer."""
+    as_wide: tuple[str, ...] = ()
+    """Keys of config.json: features of other vectors, as many as of a token in a model that is built from scratch."""
     hidden: str = "hidden_size"
     """Key of config.json: features of a token."""
     positions: Literal["table", "after padding", "relative"] = "table"
@@ -122,13 +132,21 @@ class Family:
     id: the `end` of the text, as often in every row. We look for it in each row (engine/models/pooling.py)."""
     decoder_wraps: bool = False
     """A decoder begins with the last token of the text, its language, in place of a fixed one."""
-    vocabulary_head: str | None = None
-    """From the model: what scores the vocabulary for masked positions; takes hidden states."""
+    vocabulary_head: tuple[str, ...] = ()
+    """From the model: what scores the vocabulary, one module behind the other; the first takes hidden states."""
+    causal: bool = False
+    """A token sees those before it alone."""
+    windowed: bool = False
+    """All of its layers have the window that config.json may name."""
     cannot: Mapping[str, str] = field(default_factory=dict)
     """Operation (see OPERATIONS) → why not."""
 
     def why_not(self, operation: str) -> str | None:
         """Returns why an operation of OPERATIONS cannot be done, None where it can."""
+        if operation in PRETRAINED and not (self.packed and self.causal == PRETRAINED[operation]):
+            return self.cannot.get(
+                operation, "how they take the rows that it needs is not known (docs/models.md lists the families)"
+            )
         if operation in LAYERED and not self.stacks:
             return self.cannot.get(operation, "where their layers lie is not known (docs/models.md lists the families)")
         return self.cannot.get(operation)
@@ -139,8 +157,8 @@ def _matrices(prefix: str, **names: str) -> dict[str, Matrix]:
 
 
 UNKNOWN = Family()
-_BERT = Family((Stack(),), additive_mask=True, plain_attention=True)
-_OFFSET = replace(_BERT, positions="after padding")
+_BERT = Family((Stack(),), additive_mask=True, plain_attention=True, packed=True, vocabulary_head=("cls",))
+_OFFSET = replace(_BERT, positions="after padding", vocabulary_head=("lm_head",))
 
 _DISTIL = Stack(
     layers="transformer.layer",
@@ -267,36 +285,66 @@ _T5_ROW = replace(
     positions="relative",
     first_layer_stays=True,
 )
-_DECODER = Family((_LLAMA,), plain_attention=True, per_layer=("layer_types",), bodies=("model", "transformer"))
+_DECODER = Family(
+    (_LLAMA,),
+    plain_attention=True,
+    per_layer=("layer_types",),
+    bodies=("model", "transformer"),
+    packed=True,
+    causal=True,
+    vocabulary_head=("lm_head",),
+)
 
 FAMILIES = {
-    "albert": replace(_BERT, stacks=(_ALBERT,), shared_layers="num_hidden_groups"),
+    "albert": replace(_BERT, stacks=(_ALBERT,), shared_layers="num_hidden_groups", vocabulary_head=("predictions",)),
     "bart": _BART_ROW,
-    "bert": replace(_BERT, packed=True, vocabulary_head="cls"),
+    "bert": _BERT,
     "camembert": _OFFSET,
     "data2vec-text": _OFFSET,
     "deberta": Family((_DEBERTA,)),
     "deberta-v2": Family((_DEBERTA_V2,)),
-    "distilbert": replace(_BERT, stacks=(_DISTIL,), hidden="dim"),
-    "electra": _BERT,
+    "distilbert": replace(
+        _BERT,
+        stacks=(_DISTIL,),
+        hidden="dim",
+        neurons="hidden_dim",
+        vocabulary_head=("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
+    ),
+    "electra": replace(_BERT, as_wide=("embedding_size",), vocabulary_head=("generator_predictions", "generator_lm_head")),
     "ernie": _BERT,
     "fnet": Family(cannot=dict.fromkeys(OPERATIONS, "they take no attention mask, so that an answer would depend on padding")),
-    "gpt2": Family((_GPT2,), plain_attention=True, token_types=False, hidden="n_embd"),
-    "layoutlm": replace(_BERT, additive_mask=False, cannot=_NO_SPANS),
+    "gpt2": Family(
+        (_GPT2,),
+        plain_attention=True,
+        token_types=False,
+        hidden="n_embd",
+        neurons="n_inner",
+        packed=True,
+        causal=True,
+        vocabulary_head=("lm_head",),
+    ),
+    "layoutlm": replace(_BERT, additive_mask=False, packed=False, cannot=_NO_SPANS),
     "llama": _DECODER,
     "marian": replace(_BART_ROW, cannot={**_SHARED_TABLE, **_NO_HEADS}),
     "mbart": replace(_BART_ROW, decoder_wraps=True),
     "megatron-bert": _BERT,
-    "mistral": _DECODER,
-    "modernbert": Family((_MODERNBERT,), plain_attention=True, per_layer=("layer_types",), first_layer_stays=True),
-    "mpnet": replace(_BERT, stacks=(_MPNET,), positions="after padding"),
+    "mistral": replace(_DECODER, windowed=True),
+    "modernbert": Family(
+        (_MODERNBERT,),
+        plain_attention=True,
+        per_layer=("layer_types",),
+        first_layer_stays=True,
+        packed=True,
+        vocabulary_head=("head", "decoder"),
+    ),
+    "mpnet": replace(_OFFSET, stacks=(_MPNET,)),
     "mt5": _T5_ROW,
     "qwen2": _DECODER,
     "qwen3": _DECODER,
-    "rembert": _BERT,
+    "rembert": replace(_BERT, as_wide=("input_embedding_size", "output_embedding_size")),
     "roberta": _OFFSET,
     "roberta-prelayernorm": _OFFSET,
-    "roc_bert": _BERT,
+    "roc_bert": replace(_BERT, packed=False),
     "t5": _T5_ROW,
     "xlm-roberta": _OFFSET,
     "xlm-roberta-xl": _OFFSET,
@@ -351,16 +399,3 @@ def check_kept(model_type: str | None, kept: list[int]) -> None:
     """Raises UserError unless these layers can be all that is left of a stack."""
     if family_of(model_type).first_layer_stays and kept[0] != 0:
         raise UserError(f"layer 0 of models of type '{model_type}' is unlike the others: keep it, as the first")
-
-
-def family_for_packing(model_type: str) -> Family:
-    """Returns the row of an architecture that takes packed rows.
-
-    Raises:
-        UserError: there is none.
-    """
-    family = family_of(model_type)
-    if not family.packed:
-        known = ", ".join(name for name, row in FAMILIES.items() if row.packed)
-        raise UserError(f"models of type '{model_type}' take no packed rows: pretraining builds {known}")
-    return family

@@ -10,7 +10,7 @@ Shapes: L tokens of a piece or a row, B rows.
 from __future__ import annotations
 
 import abc
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BeforeValidator, SerializeAsAny
 
@@ -35,6 +35,15 @@ class ObjectiveConfig(Strict):
     """Base of an objective's section: `type` names its file."""
 
     type: str
+
+
+class Frame(NamedTuple):
+    """The special tokens that stand around what a packed row holds."""
+
+    before: int | None
+    after: int | None
+    pieces: bool = True
+    """They stand around every piece that a document was cut into, not around the document alone."""
 
 
 class Objective(abc.ABC):
@@ -64,9 +73,14 @@ class Objective(abc.ABC):
                 "name them in its tokenizer_config.json"
             )
 
+    @classmethod
+    def frame(cls, tokenizer: Any) -> Frame:
+        """Returns what stands around the tokens of a document, as an encoder's tokenizer has it."""
+        return Frame(tokenizer.cls_token_id, tokenizer.sep_token_id)
+
     @abc.abstractmethod
     def corrupt(self, tokens_L: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Returns `columns` of one piece of a document, special tokens included, each of shape (L,): a pure function."""
+        """Returns `columns` of one piece of a document, with what its frame adds, each of shape (L,): a pure function."""
 
     @classmethod  # noqa: B027 - most heads are right as they are
     def adapt(cls, model: Any) -> None:

@@ -1,11 +1,10 @@
 """Masked language modelling on packed rows (BERT, arXiv:1810.04805).
 
-Shapes: B rows, L tokens a row, M predicted tokens in the batch, V vocabulary.
+Shapes: L tokens of a piece.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -13,15 +12,12 @@ from pydantic import Field, model_validator
 
 from engine import objectives
 from engine.config import Fraction
-from engine.models.families import family_for_packing
+from engine.objectives import _tokens
+from engine.objectives._tokens import IGNORED
 
 if TYPE_CHECKING:
-    import torch
-
     from engine.data.corpus import Corpus
 
-IGNORED = -100
-"""Label of a token that is not predicted, as in torch's cross entropy."""
 FREQUENCY_TOKENS = 10_000_000
 """Tokens from the top of the corpus from which frequencies are estimated."""
 
@@ -44,7 +40,7 @@ class Config(objectives.ObjectiveConfig):
         return self
 
 
-class Objective(objectives.Objective):
+class Objective(_tokens.Objective):
     """The MLM objective.
 
     Args:
@@ -57,7 +53,6 @@ class Objective(objectives.Objective):
     head = "AutoModelForMaskedLM"
     says = "masked language modelling"
     special_tokens = ("cls_token", "sep_token", "pad_token", "mask_token")
-    columns = {"input_ids": None, "labels": IGNORED}
 
     def __init__(self, config: Config, vocab_size: int, mask_id: int, special_ids: list[int]) -> None:
         self.config = config
@@ -79,66 +74,12 @@ class Objective(objectives.Objective):
         randomly = chosen & (fate >= config.replace_by_mask) & (fate < config.replace_by_mask + config.replace_by_random)
         return {"input_ids": np.where(randomly, random_ids, corrupted), "labels": np.where(chosen, tokens_L, IGNORED)}
 
-    @classmethod
-    def adapt(cls, model: Any) -> None:
-        """Adds the bias of the vocabulary in float32."""
-        from engine.models.vocabulary import VocabularyProjection
-
-        model.get_output_embeddings().__class__ = VocabularyProjection
-
     def begin(self, model: Any, corpus: Corpus) -> None:
         predict_frequencies(model, corpus)
 
-    def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross entropy over the predicted tokens.
-
-        Args:
-            model: a `…ForMaskedLM` of a family that takes packed rows.
-            batch: input_ids, position_ids, segments, labels, each (B, L) int64; segment 0 is padding.
-
-        Returns:
-            (summed loss, number of predicted tokens), two scalars.
-        """
-        from torch.nn import functional
-
-        labels_BL = batch["labels"]
-        logits_MV = self.logits(model, batch)
-        total = functional.cross_entropy(logits_MV.float(), labels_BL[labels_BL != IGNORED], reduction="sum")
-        return total, (labels_BL != IGNORED).sum()
-
-    def logits(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Returns the scores of the predicted tokens, shape (M, V); only they go through the vocabulary projection, the dearest
-        matrix of a small model."""
-        from engine.models.attention import packed_mask
-
-        mask = packed_mask(batch["segments"], model.dtype)
-        base = model.base_model
-        hidden = base(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=mask)[0]
-        return _head(model)(hidden[batch["labels"] != IGNORED])
-
-    def count(self, arrays: dict[str, np.ndarray]) -> int:
-        return int((arrays["labels"] >= 0).sum())
-
     @classmethod
-    def made_up_loss(cls, config: Config, model: Any, rows: int, length: int) -> torch.Tensor:
-        """Returns a loss of rows of which the share `mask` is predicted."""
-        import torch
-        from torch.nn import functional
-
-        from engine.models.attention import packed_mask
-
-        ids = torch.zeros(rows, length, dtype=torch.int64)
-        mask_additive = packed_mask(ids, model.dtype)
-        hidden = model.base_model(input_ids=ids, position_ids=ids.clone(), attention_mask=mask_additive)[0]
-        # How many tokens are predicted is drawn at random in training; shapes without values need a number.
-        predicted = torch.zeros(math.ceil(rows * length * config.mask), dtype=torch.int64)
-        logits_MV = _head(model)(hidden.flatten(0, 1)[predicted])
-        return functional.cross_entropy(logits_MV.float(), predicted, reduction="sum")
-
-
-def _head(model: Any) -> Any:
-    """Returns what scores the vocabulary, from hidden states."""
-    return model.get_submodule(family_for_packing(model.config.model_type).vocabulary_head)
+    def share(cls, config: Config) -> float:
+        return config.mask
 
 
 def predict_frequencies(model: Any, corpus: Corpus) -> None:
@@ -150,6 +91,8 @@ def predict_frequencies(model: Any, corpus: Corpus) -> None:
     import torch
 
     bias = model.get_output_embeddings().bias
+    if bias is None:
+        return
     counts = np.bincount(corpus.tokens[:FREQUENCY_TOKENS], minlength=len(bias))[: len(bias)] + 1.0
     with torch.no_grad():
         bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))

@@ -68,15 +68,17 @@ def _adapted(build: Build, objective: type[Objective]) -> Build:
 
 
 def _new_model(recipe: Recipe, config: PretrainConfig, attention: str, head: str) -> Build:
-    vocabulary = rounded(_vocabulary(recipe, config))
-    return lambda: build_model(config.model, head, vocabulary, 0, attention)
+    if isinstance(config.model, ModelRef):
+        return _fine_tuned(recipe, config.model, head, attention, [])
+    shape, vocabulary = config.model, rounded(_vocabulary(recipe, config))
+    return lambda: build_model(shape, head, vocabulary, {"pad_token_id": 0}, attention)
 
 
 def _vocabulary(recipe: Recipe, config: PretrainConfig) -> int:
-    if config.tokenizer.train:
+    if config.tokenizer is not None and config.tokenizer.train:
         return config.tokenizer.train.vocab_size
-    reference = config.tokenizer.model
-    assert reference is not None
+    reference = config.model if config.tokenizer is None else config.tokenizer.model
+    assert isinstance(reference, ModelRef)
     if reference in recipe.stages and read_stage(recipe.directory(reference)) is None:
         upstream = recipe.section(reference, KINDS[recipe.stages[reference][0]].config)
         if isinstance(upstream, PretrainConfig):

@@ -44,7 +44,7 @@ def distill(layers, teacher="teacher", **changes):
 
 
 REFUSED = {
-    "no_classes": ("marian", {}, "models of type 'marian' cannot classify: transformers has no head"),
+    "no_classes": ("marian", {}, "models of type 'marian' cannot classify: transformers has no such head"),
     "no_mask": ("fnet", {}, "models of type 'fnet' cannot classify: they take no attention mask"),
     "bare_parameters": (
         "xlnet",

@@ -108,7 +108,7 @@ def test_a_new_model_predicts_every_token_as_often_as_the_corpus_has_it():
 
 def test_log_frequencies_are_not_rounded_under_autocast():
     shape = ScratchConfig(layers=1, hidden=32, heads=4, positions=16)
-    model = build_model(shape, Objective.head, 64, 0).eval()
+    model = build_model(shape, Objective.head, 64, {"pad_token_id": 0}).eval()
     Objective.adapt(model)
     predict_frequencies(model, SimpleNamespace(tokens=np.repeat(np.arange(64), np.arange(64) ** 2)))
     bias = model.cls.predictions.bias
