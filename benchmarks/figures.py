@@ -122,7 +122,15 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(memory / 2**30, 1),
         "platform": platform.platform(),
         "python": platform.python_version(),
+        **({"gpus": cards} if (cards := gpu_names()) else {}),
     }
+
+
+def gpu_names() -> list[str]:
+    """Returns the model of every GPU, as the driver names it."""
+    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    return [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
 
 
 def rows(

@@ -22,6 +22,7 @@ import yaml
 from benchmarks.figures import HERE, ROOT, Figure, figure, head, merge_result
 from engine.config import load_recipe
 from engine.errors import UserError
+from engine.gpu import gpus
 from engine.stages.stage import Stage
 from engine.training.zero import read_zero_config, zero_config_of
 from launch.local import command
@@ -110,8 +111,10 @@ def write_work(directory: Path, model: dict[str, int], train: dict[str, Any], le
     return path
 
 
-def launch(recipe: Path, run: Run, runs: Path, part: str, overrides: list[str] | None = None) -> Path:
-    """Runs the worker once under `accelerate launch`, as the recipe's stage would be; returns its run directory.
+def launch(
+    recipe: Path, run: Run, runs: Path, part: str, overrides: list[str] | None = None, variables: dict[str, str] | None = None
+) -> Path:
+    """Runs the worker once as the recipe's stage would be, with further environment variables; returns its run directory.
 
     Raises:
         UserError: it failed; the end of its output is in the message.
@@ -120,7 +123,7 @@ def launch(recipe: Path, run: Run, runs: Path, part: str, overrides: list[str] |
     stage: Stage[Any] = Stage(load_recipe(recipe, overrides, runs), "base", KINDS["pretrain"].config)
     if zero_config_of(stage.config, run.ranks):
         path = stage.recipe.find_zero(zero_config_of(stage.config, run.ranks))
-        prepare(needed_operators(read_zero_config(path, stage.config.train, 1, 1), cuda=False), print)
+        prepare(needed_operators(read_zero_config(path, stage.config.train, 1, 1), cuda=gpus() > 0), print)
     module = KINDS["pretrain"].module
     parts = command(stage, overrides)
     at = parts.index(module)
@@ -128,11 +131,12 @@ def launch(recipe: Path, run: Run, runs: Path, part: str, overrides: list[str] |
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
+        **({} if gpus() else {"DS_ACCELERATOR": "cpu"}),
         # Freed memory goes back at once and one arena serves all threads: what is resident is what is in use.
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",
+        **(variables or {}),
     }
     try:
         done = subprocess.run(full, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
@@ -159,9 +163,11 @@ def write_tokenizer(recipe: Path) -> list[str]:
     return ["base.tokenizer=tokenizer"]
 
 
-def losses_of(recipe: Path, run: Run, directory: Path, overrides: list[str]) -> np.ndarray:
+def losses_of(
+    recipe: Path, run: Run, directory: Path, overrides: list[str], variables: dict[str, str] | None = None
+) -> np.ndarray:
     """Returns the training loss of each step, in nats a predicted token, shape (STEPS,)."""
-    made = launch(recipe, run, directory, "losses", overrides)
+    made = launch(recipe, run, directory, "losses", overrides, variables)
     records = [json.loads(line) for line in (made / "history.jsonl").read_text().splitlines()]
     losses = np.asarray([record["loss"] for record in records if "loss" in record])
     if len(losses) != STEPS:

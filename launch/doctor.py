@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.cpu import instructions
-from launch.machine import cores, gpus
+from engine.gpu import gpus
+from launch.machine import cores
 from launch.operators import ASYNC_IO, CPU_ADAM, SHARED_MEMORY, is_built, is_stale, locks
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 from pathlib import Path
 
@@ -16,14 +15,3 @@ def cores() -> int:
         if quota != "max":
             count = min(count, max(1, round(int(quota) / int(period))))
     return count
-
-
-def gpus() -> int:
-    """Returns the NVIDIA GPUs that a stage can use: those of the driver, or those that CUDA_VISIBLE_DEVICES names."""
-    if "+cpu" in importlib.metadata.version("torch"):
-        return 0
-    found = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None or not found:
-        return found
-    return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])

@@ -57,8 +57,10 @@ class Objective(_tokens.Objective):
     def __init__(self, config: Config, vocab_size: int, mask_id: int, special_ids: list[int]) -> None:
         self.config = config
         self.mask_id = mask_id
-        self.special = np.asarray(sorted(set(special_ids)))
-        self.ordinary = np.setdiff1d(np.arange(vocab_size), self.special)
+        self.ordinary = np.setdiff1d(np.arange(vocab_size), special_ids)
+        self.special = np.ones(max([vocab_size - 1, *special_ids]) + 1, dtype=bool)
+        """Whether an id is never predicted."""
+        self.special[self.ordinary] = False
 
     @classmethod
     def of_tokenizer(cls, config: Config, tokenizer: Any) -> Objective:
@@ -67,7 +69,7 @@ class Objective(_tokens.Objective):
     def corrupt(self, tokens_L: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns input_ids (corrupted) and labels, both of shape (L,); labels are IGNORED where nothing is predicted."""
         config = self.config
-        chosen = (rng.random(len(tokens_L)) < config.mask) & ~np.isin(tokens_L, self.special)
+        chosen = (rng.random(len(tokens_L)) < config.mask) & ~self.special[tokens_L]
         fate = rng.random(len(tokens_L))
         random_ids = self.ordinary[rng.integers(0, len(self.ordinary), len(tokens_L))]
         corrupted = np.where(chosen & (fate < config.replace_by_mask), self.mask_id, tokens_L)

@@ -161,12 +161,21 @@ def _explain(error: BaseException, where: str) -> tuple[int, str]:
     return 1, traceback.format_exc()
 
 
+NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    *("CUDA out of memory", "CUDA error: out of memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation"),
+    "Cuda failure 2 'out of memory'",
+)
+"""What libraries say that allocate memory themselves: torch, cuBLAS, cuDNN, NCCL."""
+
+
 def out_of_memory(error: BaseException) -> bool:
     """True when memory could not be allocated, on a GPU or on the host."""
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
-    return "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return any(sign in str(error) for sign in NO_MEMORY)
 
 
 def memory_message(beat: heartbeat.Beat | None) -> str:

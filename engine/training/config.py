@@ -61,6 +61,9 @@ class TrainConfig(Strict):
     """bf16 is torch's autocast: weights, gradients, their sums over ranks and the optimizer state stay fp32, which keeps losses
     within 1e-3 of fp32 (a model that is bf16 as a whole drifts far more). fp16 needs GPUs: weights and gradients are fp16 under
     DeepSpeed's dynamic loss scaling, with fp32 master weights. auto: bf16 where the hardware multiplies it, else fp32."""
+    deterministic: bool = False
+    """On GPUs only kernels that give the same bits in every run, and attention by plain matrix products: slower. CPUs always
+    do that."""
     gradient_checkpointing: bool = False
     """Compute the activations of every layer again in the backward pass instead of keeping them: less memory for one more forward
     pass; losses and gradients stay the same."""

@@ -17,6 +17,7 @@ from engine.data.batches import Batch
 from engine.errors import PREEMPTED, UserError
 from engine.stages import heartbeat
 from engine.stages.stage import discard, publish
+from engine.training.ahead import Ahead
 from engine.training.checkpoint import Checkpoints, TrainState, step_numbers
 from engine.training.processes import Asked, Processes
 from engine.training.schedule import Schedule
@@ -103,6 +104,9 @@ class Fit:
         self.checkpoint_every = train.checkpoint_every or self.evaluate_every
         self.state = TrainState()
         self.window = _Window()
+        self.ahead = Ahead(
+            lambda step: batches.at(step, processes.rank, processes.processes, processes.micro), pin=processes.cuda
+        )
 
     @property
     def weights(self) -> Path:
@@ -130,6 +134,7 @@ class Fit:
         except Asked:
             self._leave()
         finally:
+            self.ahead.close()
             self.checkpoints.close()
             self.tracker.close()
             for number, handler in before.items():
@@ -162,7 +167,7 @@ class Fit:
         processes, step = self.processes, state.step
         self.checkpoints.check()
         heartbeat.beat("data", step)
-        batch = self.batches.at(step + state.data_offset, processes.rank, processes.processes, processes.micro)
+        batch = self.ahead.at(step + state.data_offset, self.schedule.total_steps - 1 + state.data_offset)
         agreed = processes.summing(*(sum(part[key] for part in batch) for key in ("count", "tokens")), processes.asked)
         largest = self._largest_loss(state)
         rate = functools.partial(self.schedule.at, step)
@@ -268,9 +273,12 @@ class Fit:
             tokens_per_second=speed,
             grad_norm=window.norm if math.isfinite(window.norm) else None,
             seconds=state.seconds,
+            waited_share=self.ahead.waited / seconds,
+            **self.processes.device_memory(),
         )
         self.tracker.advance(state, loss, speed)
         window.clear()
+        self.ahead.waited = 0.0
 
     def _evaluate(self) -> None:
         state, train = self.state, self.processes.train

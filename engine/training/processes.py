@@ -20,6 +20,7 @@ from engine.config import Recipe
 from engine.cpu import keep_freed_memory
 from engine.data.batches import accumulation_steps
 from engine.errors import UserError
+from engine.gpu import require_usable
 from engine.stages import heartbeat
 from engine.training.config import Trained
 from engine.training.zero import Host, layout_of, prepare_nvme, read_zero_config, zero_config_of
@@ -51,6 +52,7 @@ class Processes:
     def __init__(self, config: Trained, recipe: Recipe, scratch: Path | None = None) -> None:
         self.train = train = config.train
         self.processes = int(os.environ.get("WORLD_SIZE", "1"))
+        require_usable()
         require_processes(config.processes, self.processes, torch.cuda.is_available())
         name = zero_config_of(config, self.processes)
         self.parallel = recipe.find_zero(name) if name else None
@@ -60,6 +62,9 @@ class Processes:
         self.cuda = torch.cuda.is_available()
         if not self.cuda:
             keep_freed_memory()
+        elif train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may add up in another order
+            torch.use_deterministic_algorithms(True)
         self.host = Host(self.cuda, int(os.environ.get("LOCAL_WORLD_SIZE", self.processes)), scratch)
         self.swapped_to: list[Path] = []
         self.micro, self.accumulation = accumulation_steps(train.batch_size, train.micro_batch_size, self.processes)
@@ -120,6 +125,10 @@ class Processes:
         if self.cuda:
             return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
         return "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+    def device_memory(self) -> dict[str, int]:
+        """Returns {"device_bytes": the most that tensors have taken of this rank's GPU}; nothing on a CPU."""
+        return {"device_bytes": torch.cuda.max_memory_allocated(self.device)} if self.cuda else {}
 
     def poll(self) -> None:
         """Called before every batch of an evaluation: shows that this rank is alive.

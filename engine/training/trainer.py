@@ -95,7 +95,9 @@ class Trainer:
         for index, batch in enumerate(micro_batches):
             heartbeat.beat("forward", step)
             self._seed(torch_seed(self.seed, "dropout", step, index * processes.processes + processes.rank))
-            batch = {name: value.to(processes.device) for name, value in batch.items() if torch.is_tensor(value)}
+            batch = {
+                name: value.to(processes.device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)
+            }
             loss, _ = self.engine(batch)
             total += loss.detach()
             heartbeat.beat("update", step)

@@ -190,6 +190,11 @@ def _zero_problems(zero: dict[str, Any], train: TrainConfig) -> Iterator[str]:
             yield f'zero_optimization.{key} to nvme needs nvme_path: a directory on a local disk, or "auto"'
     if zero.get("compute_grad_norm") is False:
         yield "zero_optimization.compute_grad_norm=false: train.clip needs the norm: remove it"
+    if zero.get("zero_quantized_gradients") and train.precision != "fp16":
+        yield (
+            "zero_optimization.zero_quantized_gradients: its kernels take fp16 gradients, and train.precision gives fp32 ones: "
+            "remove it, or train in fp16"
+        )
     if zero.get("zenflow"):
         yield "zero_optimization.zenflow turns the losses into NaN with this DeepSpeed: remove it"
 

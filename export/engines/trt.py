@@ -17,6 +17,9 @@ from engine.errors import UserError
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 """Python module → distribution that brings it; the module's name is the backend's name in recipes."""
 
+TYPES = {"FLOAT": "torch.float32", "INT32": "torch.int32", "INT64": "torch.int64", "BOOL": "torch.bool"}
+"""TensorRT's names of types, and torch's."""
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -131,7 +134,7 @@ class TrtEngine:
     """A compiled engine on a GPU; buffers are torch tensors.
 
     Raises:
-        UserError: no GPU, no package, or an engine of another version or GPU.
+        UserError: no GPU, no package, an engine of another version or GPU, or a batch that it does not take.
     """
 
     def __init__(self, path: Path, backend: str) -> None:
@@ -143,7 +146,9 @@ class TrtEngine:
         self.engine = trt.Runtime(_logger(trt)).deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
             raise UserError(f"{path}: built by another {backend} version or for another GPU: export again on this machine")
-        self.context = self.engine.create_execution_context()
+        self.path, self.context = path, self.engine.create_execution_context()
+        if self.context is None:
+            raise UserError(f"{path}: the GPU has no memory left for this engine: free some, or lower max_batch")
         names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
         self.inputs = [name for name in names if self.engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self.outputs = [name for name in names if name not in self.inputs]
@@ -156,14 +161,25 @@ class TrtEngine:
         with torch.cuda.stream(self.stream):
             tensors = {name: torch.tensor(arrays[name], device="cuda") for name in self.inputs}
             for name, tensor in tensors.items():
-                self.context.set_input_shape(name, tuple(tensor.shape))
-                self.context.set_tensor_address(name, tensor.data_ptr())
+                # TensorRT answers False to what it does not take, and would leave the outputs as they are.
+                if not self.context.set_input_shape(name, tuple(tensor.shape)):
+                    low, _, high = self.engine.get_tensor_profile_shape(name, 0)
+                    raise UserError(f"{self.path}: {name} of shape {tuple(tensor.shape)}: it takes {tuple(low)} to {tuple(high)}")
+                self._bind(name, tensor)
             outputs = {}
             for name in self.outputs:
                 outputs[name] = torch.empty(tuple(self.context.get_tensor_shape(name)), device="cuda")
-                self.context.set_tensor_address(name, outputs[name].data_ptr())
-            self.context.execute_async_v3(self.stream.cuda_stream)
+                self._bind(name, outputs[name])
+            if not self.context.execute_async_v3(self.stream.cuda_stream):
+                raise RuntimeError(f"{self.path}: TensorRT could not run the engine: its messages are above")
             return {name: tensor.cpu().numpy() for name, tensor in outputs.items()}
+
+    def _bind(self, name: str, tensor: Any) -> None:
+        kind = str(self.engine.get_tensor_dtype(name)).rpartition(".")[2]
+        if TYPES.get(kind) != str(tensor.dtype):
+            raise RuntimeError(f"{self.path}: {name} is {kind} in the engine and {tensor.dtype} outside it")
+        if not self.context.set_tensor_address(name, tensor.data_ptr()):
+            raise RuntimeError(f"{self.path}: TensorRT does not take the memory of {name}")
 
 
 def _logger(trt: Any) -> Any:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import UserError
-from launch.machine import gpus
+from engine.gpu import gpus
 
 PORT = 29500
 """torch's own default for the rendezvous."""

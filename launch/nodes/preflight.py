@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import NODE_FAILED
-from launch.machine import gpus
+from engine.gpu import gpus
 from launch.nodes.link import host_name
 from launch.nodes.place import Place, network
 from launch.nodes.preflight_rank import MEGABYTES

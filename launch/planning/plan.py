@@ -18,10 +18,10 @@ from rich.table import Table
 from engine.config import Recipe
 from engine.data.batches import accumulation_steps
 from engine.errors import UserError
+from engine.gpu import gpus
 from engine.stages.stage import Stage
 from engine.training.zero import read_zero_config, zero_config_of
 from launch.local import process_count
-from launch.machine import gpus
 from launch.planning import footprint
 from launch.planning.footprint import Measured
 from launch.planning.memory import Level, Need, Setting

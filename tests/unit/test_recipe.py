@@ -12,7 +12,7 @@ from engine.data.batches import accumulation_steps, most_processes
 from engine.errors import UserError
 from engine.training.zero import read_zero_config
 from engine.training.zero_files import find_zero_config, zero_config_names
-from launch import local, machine
+from launch import local
 from launch.check import FIRST_LINES, check_recipe
 from launch.nodes.place import Place, Supervision
 from launch.operators import ASYNC_IO, CPU_ADAM, SHARED_MEMORY, needed_operators
@@ -317,17 +317,3 @@ def test_the_demo_is_ready_on_any_number_of_gpus(monkeypatch, gpus):
     check_recipe(recipe, stages)
     two = next(stage for stage in stages if stage.name == "pretrained")
     assert local.process_count(two) == (1 if gpus == 1 else 2)
-
-
-def test_hidden_gpus_are_not_counted(monkeypatch, tmp_path):
-    monkeypatch.setattr(machine.importlib.metadata, "version", lambda name: "2.13.0")
-    for index in range(4):
-        (tmp_path / f"nvidia{index}").touch()
-    (tmp_path / "nvidiactl").touch()
-    monkeypatch.setattr(machine, "Path", lambda path: tmp_path if path == "/dev" else path)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert machine.gpus() == 4
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
-    assert machine.gpus() == 2
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert machine.gpus() == 0
