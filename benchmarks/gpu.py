@@ -38,7 +38,7 @@ LEVELS = ("zero0", "zero1", "zero2", "zero3")
 OFFLOADED = ("zero2_offload", "zero3_offload")
 WARM = 3
 """Records of ten steps each that are left out at the start of a run."""
-RUN_STEPS = 100
+RUN_STEPS = 80
 TIMEOUT = 600.0
 
 
