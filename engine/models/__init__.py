@@ -377,6 +377,15 @@ def checkpoint_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
+def compile_layers(model: Any) -> None:
+    """Lets torch.compile make each layer a few fused kernels, in place: names and weights stay. All layers share them."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile()
+
+
 def size_of(model: Any) -> dict[str, int]:
     """Returns {"parameters", "weight_bytes"} of a model, tied weights counted once."""
     parameters = list(model.parameters())

@@ -64,6 +64,9 @@ class TrainConfig(Strict):
     deterministic: bool = False
     """On GPUs only kernels that give the same bits in every run, and attention by plain matrix products: slower. CPUs always
     do that."""
+    compile: bool = False
+    """On GPUs each layer becomes a few fused kernels (torch.compile, about half a minute at the start): faster, and rounded in
+    another way. CPUs take the layers as they are: there it gains nothing."""
     gradient_checkpointing: bool = False
     """Compute the activations of every layer again in the backward pass instead of keeping them: less memory for one more forward
     pass; losses and gradients stay the same."""
@@ -93,6 +96,14 @@ class TrainConfig(Strict):
     def _one_length(self) -> TrainConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of train.epochs and train.steps")
+        return self
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TrainConfig:
+        if self.compile and self.deterministic:
+            raise ValueError(
+                "train.compile chooses its kernels anew in every run, train.deterministic forbids that: leave one out"
+            )
         return self
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.utils._pytree
 
 from engine.data.batches import Batch
-from engine.models import checkpoint_activations
+from engine.models import checkpoint_activations, compile_layers
 from engine.models.dropout import cheapen
 from engine.randomness import torch_seed
 from engine.stages import heartbeat
@@ -51,6 +51,8 @@ class Trainer:
             checkpoint_activations(model)
         if processes.device.type == "cpu":
             cheapen(model)
+        elif processes.train.compile:
+            compile_layers(model)
         model.train()  # transformers loads models for inference: without dropout, without gradient checkpointing
         module = _LossModule(model, loss, processes.precision == "bf16", processes.device.type)
         freeze_below(model, processes.train.layers)

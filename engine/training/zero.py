@@ -195,6 +195,8 @@ def _zero_problems(zero: dict[str, Any], train: TrainConfig) -> Iterator[str]:
             "zero_optimization.zero_quantized_gradients: its kernels take fp16 gradients, and train.precision gives fp32 ones: "
             "remove it, or train in fp16"
         )
+    if train.compile and stage == 3:
+        yield "train.compile: stage 3 gathers the weights of a layer while it runs, which one kernel cannot: leave it out"
     if zero.get("zenflow"):
         yield "zero_optimization.zenflow turns the losses into NaN with this DeepSpeed: remove it"
 

@@ -7,8 +7,9 @@ copies of weights, the vocabulary's logits, the temporaries of the backward pass
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +126,45 @@ def frontier(moments: list[Moment]) -> tuple[Moment, ...]:
     return tuple(kept)
 
 
-def measure(build: Build, loss: Loss, precision: str, gradient_checkpointing: bool) -> Measured:
+class _FusedAttention(torch.autograd.Function):
+    """What a fused kernel keeps: its inputs, its output and one number a query, and never the scores (arXiv:2112.05682)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        out = torch.empty_like(query)
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, sums, *([] if mask is None else [mask.to(query.dtype)]))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None
+
+
+@contextlib.contextmanager
+def gpu_kernels(enabled: bool) -> Iterator[None]:
+    """While the body runs, attention and dropout take the memory that they take on a GPU: CPUs keep the scores of attention, and
+    masks of dropout in the type of what they mask."""
+    functional = torch.nn.functional
+    before = functional.scaled_dot_product_attention, functional.dropout
+
+    def attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **keywords: Any) -> torch.Tensor:
+        result: torch.Tensor = _FusedAttention.apply(query, key, value, attn_mask)
+        return result
+
+    def dropout(tensor: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        result: torch.Tensor = torch.native_dropout(tensor, p, training)[0] if training and p else tensor
+        return result
+
+    if enabled:
+        functional.scaled_dot_product_attention, functional.dropout = attention, dropout  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention, functional.dropout = before  # type: ignore[assignment]
+
+
+def measure(build: Build, loss: Loss, precision: str, gradient_checkpointing: bool, gpu: bool = False) -> Measured:
     """Runs micro batches on fake tensors.
 
     Args:
@@ -133,8 +172,9 @@ def measure(build: Build, loss: Loss, precision: str, gradient_checkpointing: bo
         loss: runs the model and returns a scalar.
         precision: `fp32`, `bf16` (autocast) or `fp16` (the whole model).
         gradient_checkpointing: as in the recipe.
+        gpu: attention and dropout are those of a GPU.
     """
-    with FakeTensorMode():
+    with gpu_kernels(gpu), FakeTensorMode():
         model = build().train()
         if precision == "fp16":
             _halve(model)

@@ -101,8 +101,8 @@ def plan_stage(stage: Stage[Any], machine: Machine) -> StagePlan:
     config, train = stage.config, stage.config.train
     micro, accumulation = accumulation_steps(train.batch_size, train.micro_batch_size, machine.ranks)
     precision = planned_precision(train.precision, machine.gpu)
-    subject = subject_of(stage, "sdpa" if machine.gpu else "eager")
-    measured = footprint.measure(subject.build, subject.loss, precision, train.gradient_checkpointing)
+    subject = subject_of(stage, "sdpa" if machine.gpu and not train.deterministic else "eager")
+    measured = footprint.measure(subject.build, subject.loss, precision, train.gradient_checkpointing, machine.gpu)
     share = train.batch_size // machine.ranks
     setting = Setting(
         ranks=machine.ranks,

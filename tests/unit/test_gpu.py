@@ -1,0 +1,114 @@
+"""GPUs as the driver shows them, and as torch can use them: no GPU is needed."""
+
+import ctypes
+
+import pytest
+import torch
+
+from engine import gpu
+from engine.errors import UserError
+
+
+@pytest.fixture
+def devices(monkeypatch, tmp_path):
+    """An empty /dev, and a torch that is no build for CPUs."""
+    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "2.13.0")
+    monkeypatch.setattr(gpu, "DEVICES", tmp_path)
+    monkeypatch.setattr(gpu, "WSL", tmp_path / "dxg")
+    monkeypatch.setattr(gpu, "VERSION", tmp_path / "version")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path
+
+
+def with_gpus(devices, count):
+    for index in range(count):
+        (devices / f"nvidia{index}").touch()
+    (devices / "nvidiactl").touch()
+
+
+def test_hidden_gpus_are_not_counted(devices, monkeypatch):
+    with_gpus(devices, 4)
+    assert gpu.gpus() == 4
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2")
+    assert gpu.gpus() == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu.gpus() == 0
+
+
+def test_a_torch_for_cpus_has_none(devices, monkeypatch):
+    with_gpus(devices, 2)
+    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "2.13.0+cpu")
+    assert gpu.gpus() == 0
+
+
+class Library:
+    """NVML with so many GPUs, as ctypes shows it."""
+
+    def __init__(self, count, status=0):
+        self.count, self.status, self.calls = count, status, []
+
+    def __call__(self, name):
+        assert name == gpu.LIBRARY
+        return self
+
+    def nvmlInit_v2(self):  # noqa: N802 - names of the library
+        self.calls.append("init")
+        return self.status
+
+    def nvmlDeviceGetCount_v2(self, place):  # noqa: N802
+        ctypes.cast(place, ctypes.POINTER(ctypes.c_uint)).contents.value = self.count
+        return 0
+
+    def nvmlShutdown(self):  # noqa: N802
+        self.calls.append("shutdown")
+
+
+def test_windows_gpus_are_counted_by_the_drivers_library(devices, monkeypatch):
+    library = Library(2)
+    monkeypatch.setattr(gpu.ctypes, "CDLL", library)
+    assert gpu.gpus() == 0, "without /dev/dxg this is no WSL2: the library is not asked"
+    assert library.calls == []
+    (devices / "dxg").touch()
+    assert gpu.gpus() == 2
+    assert library.calls == ["init", "shutdown"]
+
+
+def test_a_library_that_does_not_answer_or_is_not_there_means_no_gpus(devices, monkeypatch):
+    (devices / "dxg").touch()
+    monkeypatch.setattr(gpu, "LIBRARY", "no-such-library.so")
+    assert gpu.gpus() == 0
+    monkeypatch.setattr(gpu.ctypes, "CDLL", lambda name: Library(2, status=9))
+    assert gpu.gpus() == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.54.03  Tue Jun  6 22:20:39 UTC 2023",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.54.03  Release Build",
+    ],
+)
+def test_gpus_that_torch_cannot_use_are_refused_with_both_versions(devices, monkeypatch, line):
+    with_gpus(devices, 2)
+    (devices / "version").write_text(line + "\nGCC version:  gcc version 12.2.0\n")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(UserError) as error:
+        gpu.require_usable()
+    assert "has 2 GPUs and the NVIDIA driver 535.54.03, but torch" in str(error.value)
+    assert "is built for CUDA 13.0" in str(error.value)
+    assert "CUDA_VISIBLE_DEVICES=" in str(error.value)
+
+
+def test_nothing_is_said_where_torch_can_use_them_or_they_are_hidden(devices, monkeypatch):
+    with_gpus(devices, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu.require_usable()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    gpu.require_usable()
+
+
+def test_a_driver_that_says_no_version_is_said_to_have_none(devices):
+    with_gpus(devices, 1)
+    assert gpu.driver() == "of unknown version"
