@@ -161,9 +161,8 @@ def run(stage: Stage[PretrainConfig]) -> None:
     ):
         fit.tracker.say(note)
     state = fit.run()
-    if processes.main:
-        ledgers = {"train": training.ledger, "validation": validation.ledger}
-        _publish(stage, processes, held_out, state, fit.weights, started, ledgers)
+    ledgers = {"train": training.ledger, "validation": validation.ledger}
+    _publish(stage, processes, held_out, state, fit.weights, started, ledgers)
     processes.close()
 
 
@@ -176,26 +175,28 @@ def _publish(
     started: float,
     corpora: dict[str, dict[str, int]],
 ) -> None:
-    from engine.evaluate import ALONE
+    """Re-opens the saved weights, proves that they give the logits of the run, judges them on all ranks, publishes."""
     from engine.models import load_model, size_of
     from engine.training.loop import same_logits
 
     heartbeat.beat("finish")
     model = load_model(weights, objective_class(stage.config.objective).head).to(processes.device)
     same_logits(held_out.probe(model), state.probe, weights)
-    metrics = held_out.evaluate(model, ALONE)
-    shutil.copytree(weights, stage.output, dirs_exist_ok=True)
-    shutil.copy(stage.partial / "history.jsonl", stage.output)
-    stage.complete(
-        metrics={"validation": {**metrics, "initial_loss": state.initial["loss"]}},
-        **size_of(model),
-        seconds={"training": round(state.seconds, 3), "this_run": round(time.monotonic() - started, 3)},
-        steps=state.step,
-        best_step=state.best_step,
-        stopped=state.stop,
-        processes=processes.describe,
-        corpus=corpora,
-    )
+    metrics = held_out.evaluate(model, processes)
+    if processes.main:
+        shutil.copytree(weights, stage.output, dirs_exist_ok=True)
+        shutil.copy(stage.partial / "history.jsonl", stage.output)
+        stage.complete(
+            metrics={"validation": {**metrics, "initial_loss": state.initial["loss"]}},
+            **size_of(model),
+            seconds={"training": round(state.seconds, 3), "this_run": round(time.monotonic() - started, 3)},
+            steps=state.step,
+            best_step=state.best_step,
+            stopped=state.stop,
+            processes=processes.describe,
+            corpus=corpora,
+        )
+    processes.barrier()
 
 
 def _model(stage: Stage[PretrainConfig], head: str, tokenizer: Any) -> tuple[Any, list[str], bool]:

@@ -19,6 +19,7 @@ import psutil
 
 from engine.config import load_recipe
 from engine.errors import PREEMPTED, UserError, did_you_mean
+from engine.gpu import gpus
 from engine.stages.rank import die_with_parent
 from engine.stages.stage import Stage, read_stage
 from launch.check import check_recipe
@@ -149,6 +150,9 @@ def resume_check(
     stage.inputs  # noqa: B018 - stages that it reads must have finished
     every = max(1, steps // CHECKPOINTS)
     short = {"epochs": "null", "steps": steps, "early_stopping": "null", "evaluate_every": every, "checkpoint_every": every}
+    if gpus():
+        say("on a GPU with train.deterministic=true: without it no two runs are bit-equal, be they interrupted or not")
+        short |= {"deterministic": "true", "compile": "false"}
     settings = [*overrides, *(f"{recipe.owner(stage.name)}.train.{key}={value}" for key, value in short.items())]
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="resume-check-", dir=made(runs)) as scratch:

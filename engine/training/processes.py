@@ -197,6 +197,7 @@ def _hush(cuda: bool) -> None:
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     # Tied weights are saved once; the re-opened model is compared after the run.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 

@@ -161,7 +161,7 @@ def gpu_kernels(enabled: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        functional.scaled_dot_product_attention, functional.dropout = before  # type: ignore[assignment]
+        functional.scaled_dot_product_attention, functional.dropout = before
 
 
 def measure(build: Build, loss: Loss, precision: str, gradient_checkpointing: bool, gpu: bool = False) -> Measured:

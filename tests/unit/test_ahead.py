@@ -68,7 +68,7 @@ def test_what_goes_wrong_shows_where_the_batch_is_asked_for():
 
 
 def test_waiting_is_counted():
-    ahead = Ahead(lambda step: threading.Event().wait(0.05) and [] or [], pin=False)
+    ahead = Ahead(lambda step: (threading.Event().wait(0.05) and []) or [], pin=False)
     ahead.at(0, last=0)
     assert ahead.waited >= 0.05
     ahead.close()

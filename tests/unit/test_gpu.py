@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from engine import gpu
+from engine.config import load_recipe
 from engine.errors import UserError
+from engine.models import compile_layers
+from launch import doctor, resume_check
+from launch.recipe import load_stages
+from tests.recipes import finetune_section, train_section, write_recipe
+from tests.unit.models import tiny_masked_lm
 
 
 @pytest.fixture
@@ -112,3 +118,45 @@ def test_nothing_is_said_where_torch_can_use_them_or_they_are_hidden(devices, mo
 def test_a_driver_that_says_no_version_is_said_to_have_none(devices):
     with_gpus(devices, 1)
     assert gpu.driver() == "of unknown version"
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((8, 9), True), ((12, 0), True), ((9, 0), False), ((8, 0), False)])
+def test_the_doctor_knows_which_gpus_run_engines_for_rtx(monkeypatch, capability, runs):
+    pytest.importorskip("tensorrt_rtx", reason="the extra `rtx` is not installed")
+    monkeypatch.setattr(doctor, "gpus", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    finding = doctor._tensorrt_rtx()
+    assert ("builds and runs engines" in finding.says) == runs
+    if not runs:
+        assert f"runs none on this sm_{capability[0]}{capability[1]}" in finding.says
+        assert "bothways[tensorrt]" in finding.fix
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_resume_is_proved_with_kernels_that_repeat_where_there_is_a_gpu(tmp_path, monkeypatch, count):
+    seen, said = [], []
+    monkeypatch.setattr(resume_check, "gpus", lambda: count)
+    monkeypatch.setattr(resume_check, "_trials", lambda place, *rest: seen.append(place) or [])
+    recipe = write_recipe(tmp_path, {"teacher": {"finetune": finetune_section(train=train_section(compile=True))}})
+    resume_check.resume_check(recipe, [], tmp_path / "runs", "teacher", 10, 0, said.append)
+    (config,) = [stage.config for stage in load_stages(load_recipe(seen[0].path, seen[0].settings))]
+    assert (config.train.deterministic, config.train.compile) == (count > 0, count == 0)
+    assert any("train.deterministic=true" in line for line in said) == (count > 0)
+
+
+def test_compiled_and_deterministic_are_not_both_to_be_had(tmp_path):
+    recipe = write_recipe(
+        tmp_path, {"teacher": {"finetune": finetune_section(train=train_section(compile=True, deterministic=True))}}
+    )
+    with pytest.raises(UserError, match="leave one out"):
+        load_stages(load_recipe(recipe))
+
+
+def test_layers_are_compiled_in_place_and_keep_their_names():
+    model = tiny_masked_lm()
+    before = list(model.state_dict())
+    compile_layers(model)
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    assert len(compiled) == model.config.num_hidden_layers
+    assert list(model.state_dict()) == before

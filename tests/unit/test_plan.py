@@ -220,6 +220,20 @@ def test_every_precision_is_planned_for_gpus_on_a_machine_without_one(tmp_path, 
     assert weights == (2 if precision == "fp16" else 4) * found.parameters
 
 
+def test_a_gpu_keeps_no_scores_of_attention_unless_it_has_to_repeat_itself(tmp_path):
+    layers, heads, rows, length = 2, 4, 4, 64
+
+    def activations(deterministic):
+        shape = f"base.model={{layers: {layers}, hidden: 16, heads: {heads}, positions: {length}}}"
+        settings = [shape, f"base.sequence_length={length}", "base.train.dropout=0", f"base.train.deterministic={deterministic}"]
+        found = plan_stage(stage_of(tmp_path, *settings, stages=CHAIN, name="base"), GPU)
+        assert f"micro {rows}" in found.split
+        return found.levels[0].need.group("activations")
+
+    scores = layers * heads * rows * length**2 * 4
+    assert activations("true") - activations("false") >= scores
+
+
 def test_stages_whose_inputs_have_not_been_made_are_planned_from_the_recipe(tmp_path):
     base, teacher, student = (
         plan_stage(stage_of(tmp_path, stages=CHAIN, name=name), CPU) for name in ("base", "teacher", "student")

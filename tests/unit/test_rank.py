@@ -31,7 +31,22 @@ def rank(directory, what, **environment):
     return done, record
 
 
-@pytest.mark.parametrize("what", ["import torch; torch.empty(2**58)", "raise MemoryError('no room')", "raise MemoryError"])
+GPU_MEMORY = [
+    "CUDA out of memory. Tried to allocate 2.00 GiB",
+    "CUDA error: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error. Last error:\\nCuda failure 2 'out of memory'",
+]
+"""What torch, cuBLAS and NCCL say when a GPU is full."""
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("import torch; torch.empty(2**58)", "raise MemoryError('no room')", "raise MemoryError"),
+        *(f'raise RuntimeError("{text}")' for text in GPU_MEMORY),
+    ],
+)
 def test_memory_that_runs_out_is_a_line_with_the_phase_and_what_to_change(tmp_path, what):
     done, record = rank(tmp_path, what)
     assert (done.returncode, record.status, record.rank) == (2, 2, 2)

@@ -1,5 +1,9 @@
 """The TensorRT builder. `tensorrt_rtx` builds without a GPU; running an engine needs one."""
 
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import pytest
@@ -83,6 +87,73 @@ def test_an_engine_without_a_gpu_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="runs on an NVIDIA GPU and there is none"):
         TrtEngine(tmp_path / "model.engine", "tensorrt_rtx")
+
+
+class Context:
+    """An execution context that refuses what its test says."""
+
+    def __init__(self, refuses):
+        self.refuses = refuses
+
+    def set_input_shape(self, name, shape):
+        return self.refuses != "shape"
+
+    def get_tensor_shape(self, name):
+        return (2, 3)
+
+    def set_tensor_address(self, name, address):
+        return self.refuses != "address"
+
+    def execute_async_v3(self, stream):
+        return self.refuses != "run"
+
+
+class Engine:
+    """A compiled engine with one input and one output."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def get_tensor_dtype(self, name):
+        return f"DataType.{self.kind if name == 'logits' else 'INT64'}"
+
+    def get_tensor_profile_shape(self, name, index):
+        return (1, 1), (4, 16), (8, 48)
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Makes a TrtEngine over a context that refuses one call, with tensors on the CPU."""
+    make, empty = torch.tensor, torch.empty
+    monkeypatch.setattr(torch, "tensor", lambda value, device: make(value))
+    monkeypatch.setattr(torch, "empty", lambda shape, device: empty(shape))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+    def made(refuses=None, kind="FLOAT"):
+        found = TrtEngine.__new__(TrtEngine)
+        found.path, found.engine, found.context = Path("model.engine"), Engine(kind), Context(refuses)
+        found.inputs, found.outputs, found.stream = ["input_ids"], ["logits"], SimpleNamespace(cuda_stream=0)
+        return found
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("refuses", "kind", "error", "message"),
+    [
+        ("shape", "FLOAT", UserError, r"input_ids of shape \(2, 5\): it takes \(1, 1\) to \(8, 48\)"),
+        ("address", "FLOAT", RuntimeError, "does not take the memory of input_ids"),
+        ("run", "FLOAT", RuntimeError, "could not run the engine"),
+        (None, "HALF", RuntimeError, "logits is HALF in the engine and torch.float32 outside it"),
+    ],
+)
+def test_what_an_engine_refuses_is_an_error_and_no_answer(engine, refuses, kind, error, message):
+    with pytest.raises(error, match=message):
+        engine(refuses, kind).run({"input_ids": np.zeros((2, 5), np.int64)})
+
+
+def test_an_engine_that_refuses_nothing_answers(engine):
+    assert engine().run({"input_ids": np.zeros((2, 5), np.int64)})["logits"].shape == (2, 3)
 
 
 @pytest.mark.gpu

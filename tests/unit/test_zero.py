@@ -171,6 +171,21 @@ def test_zeropp_is_refused_without_a_gpu_and_hpz_is_not(tmp_path):
     assert read_zero_config(SHIPPED / "zero3_hpz.json", train, 4, 1, CPU)["zero_optimization"]["zero_hpz_partition_size"] == 2
 
 
+def test_gradients_travel_quantized_in_fp16_only(tmp_path):
+    quantized = stage(3, zero_quantized_gradients=True)
+    with pytest.raises(
+        UserError, match=r"zero_quantized_gradients: its kernels take fp16 gradients, and train.precision gives fp32"
+    ):
+        read(tmp_path, quantized, "teacher.train.precision=bf16", place=GPU)
+    assert read(tmp_path, quantized, "teacher.train.precision=fp16", place=GPU)["fp16"]["enabled"]
+
+
+def test_layers_that_stage_3_gathers_are_not_compiled(tmp_path):
+    with pytest.raises(UserError, match=r"train.compile: stage 3 gathers"):
+        read(tmp_path, stage(3), "teacher.train.compile=true")
+    read(tmp_path, stage(2), "teacher.train.compile=true")
+
+
 def test_an_hpz_group_has_to_divide_the_processes_of_a_node(tmp_path):
     with pytest.raises(UserError, match=r'zero_hpz_partition_size=3 does not divide the 8 processes here: say "auto"'):
         read(tmp_path, stage(3, zero_hpz_partition_size=3), place=GPU)
