@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from engine import objectives
 from engine.config import Fraction
+from engine.errors import UserError
 from engine.objectives import _tokens
 from engine.objectives._tokens import IGNORED
 
@@ -20,12 +21,19 @@ if TYPE_CHECKING:
 
 FREQUENCY_TOKENS = 10_000_000
 """Tokens from the top of the corpus from which frequencies are estimated."""
+SPAN_STOPS, LONGEST_SPAN = 0.2, 10
+"""Spans have a geometric number of words, up to a longest one, 3.6 on average (SpanBERT, arXiv:1907.10529, section 3.1)."""
+MARKS = {"##": False, "Ġ": True, "▁": True}
+"""How a vocabulary shows words: what a token begins with, and whether such a token begins a word (else it goes on with one)."""
 
 
 class Config(objectives.ObjectiveConfig):
     """Masked language modelling (BERT, arXiv:1810.04805)."""
 
     type: Literal["mlm"] = "mlm"
+    unit: Literal["token", "word", "span"] = "token"
+    """What is chosen: single tokens; whole words, all tokens of one at once (BERT's later models); spans of words, which as one
+    become [MASK] or random tokens, or stay (SpanBERT, arXiv:1907.10529)."""
     mask: float = Field(0.15, gt=0, lt=1)
     """Share of the ordinary tokens that the model has to predict."""
     replace_by_mask: Fraction = 0.8
@@ -48,14 +56,19 @@ class Objective(_tokens.Objective):
         vocab_size: ids from which random replacements are drawn.
         mask_id: id of [MASK].
         special_ids: ids that are never predicted.
+        begins: for each id whether it begins a word, shape (vocabulary,); for units other than tokens.
     """
 
     head = "AutoModelForMaskedLM"
     says = "masked language modelling"
     special_tokens = ("cls_token", "sep_token", "pad_token", "mask_token")
 
-    def __init__(self, config: Config, vocab_size: int, mask_id: int, special_ids: list[int]) -> None:
+    def __init__(
+        self, config: Config, vocab_size: int, mask_id: int, special_ids: list[int], begins: np.ndarray | None = None
+    ) -> None:
         self.config = config
+        self.begins = begins
+        self.rate = span_rate(config.mask) if config.unit == "span" else config.mask
         self.mask_id = mask_id
         self.ordinary = np.setdiff1d(np.arange(vocab_size), special_ids)
         self.special = np.ones(max([vocab_size - 1, *special_ids]) + 1, dtype=bool)
@@ -64,17 +77,43 @@ class Objective(_tokens.Objective):
 
     @classmethod
     def of_tokenizer(cls, config: Config, tokenizer: Any) -> Objective:
-        return cls(config, len(tokenizer), tokenizer.mask_token_id, tokenizer.all_special_ids)
+        begins = None if config.unit == "token" else word_beginnings(tokenizer)
+        return cls(config, len(tokenizer), tokenizer.mask_token_id, tokenizer.all_special_ids, begins)
 
     def corrupt(self, tokens_L: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns input_ids (corrupted) and labels, both of shape (L,); labels are IGNORED where nothing is predicted."""
         config = self.config
-        chosen = (rng.random(len(tokens_L)) < config.mask) & ~self.special[tokens_L]
+        special = self.special[tokens_L]
+        chosen = self._chosen(tokens_L, special, rng) & ~special
         fate = rng.random(len(tokens_L))
+        if config.unit == "span":
+            runs = np.cumsum(np.diff(chosen, prepend=False))  # tokens of one span have one number
+            _, first, number = np.unique(runs, return_index=True, return_inverse=True)
+            fate = fate[first][number]
         random_ids = self.ordinary[rng.integers(0, len(self.ordinary), len(tokens_L))]
         corrupted = np.where(chosen & (fate < config.replace_by_mask), self.mask_id, tokens_L)
         randomly = chosen & (fate >= config.replace_by_mask) & (fate < config.replace_by_mask + config.replace_by_random)
         return {"input_ids": np.where(randomly, random_ids, corrupted), "labels": np.where(chosen, tokens_L, IGNORED)}
+
+    def _chosen(self, tokens_L: np.ndarray, special_L: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Returns which tokens are chosen, special ones perhaps among them, shape (L,)."""
+        if self.begins is None:
+            return rng.random(len(tokens_L)) < self.rate
+        begins = self.begins[tokens_L] | special_L
+        begins[1:] |= special_L[:-1]
+        begins[0] = True
+        word_L = np.cumsum(begins) - 1
+        words = int(word_L[-1]) + 1
+        if self.config.unit == "word":
+            return (rng.random(words) < self.rate)[word_L]
+        # Spans may have begun before the piece, so that its first words are chosen as often as all others.
+        before = LONGEST_SPAN - 1
+        starts = np.flatnonzero(rng.random(before + words) < self.rate)
+        ends = starts + np.minimum(rng.geometric(SPAN_STOPS, len(starts)), LONGEST_SPAN)
+        borders = np.zeros(before + words + 1, dtype=np.int64)
+        np.add.at(borders, starts, 1)
+        np.add.at(borders, np.minimum(ends, before + words), -1)
+        return (np.cumsum(borders)[before:-1] > 0)[word_L]
 
     def begin(self, model: Any, corpus: Corpus) -> None:
         predict_frequencies(model, corpus)
@@ -82,6 +121,32 @@ class Objective(_tokens.Objective):
     @classmethod
     def share(cls, config: Config) -> float:
         return config.mask
+
+
+def span_rate(share: float) -> float:
+    """Returns how often a span has to begin at a word so that, overlaps counted once, `share` of the words lies in spans."""
+    reach = (1 - SPAN_STOPS) ** np.arange(LONGEST_SPAN)  # a span that began so many words before is still going on
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if 1 - np.prod(1 - middle * reach) > share else (middle, high)
+    return low
+
+
+def word_beginnings(tokenizer: Any) -> np.ndarray:
+    """Returns for each id whether the token begins a word, shape (vocabulary,).
+
+    Raises:
+        UserError: the vocabulary marks neither beginnings nor continuations.
+    """
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    for mark, begins in MARKS.items():
+        marked = np.asarray([token.startswith(mark) for token in tokens])
+        if marked.sum() > len(tokens) // 100:
+            return marked if begins else ~marked
+    raise UserError(
+        f"{tokenizer.name_or_path}: its tokens do not show where words begin ({', '.join(MARKS)}): say objective.unit: token"
+    )
 
 
 def predict_frequencies(model: Any, corpus: Corpus) -> None:

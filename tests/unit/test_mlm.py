@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from engine.errors import UserError
 from engine.models import ScratchConfig, build_model
 from engine.models.attention import packed_mask
-from engine.objectives.mlm import IGNORED, Config, Objective, predict_frequencies
+from engine.objectives.mlm import IGNORED, Config, Objective, predict_frequencies, word_beginnings
 from engine.randomness import generator
 from tests.unit.models import tiny_masked_lm
 
@@ -116,3 +117,86 @@ def test_log_frequencies_are_not_rounded_under_autocast():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         scores = model.cls.predictions.decoder(hidden)
     assert torch.equal(scores, bias.expand(3, -1))
+
+
+WORDS = np.arange(1000) % 3 != 2
+"""Every third id goes on with a word."""
+
+
+def chosen_by(unit, tokens, mask=0.15, seed=1):
+    found = Objective(Config(unit=unit, mask=mask), 1000, MASK, SPECIAL, WORDS).corrupt(tokens, generator(seed, unit))
+    return found["input_ids"], found["labels"], found["labels"] != IGNORED
+
+
+def words_of(tokens):
+    begins = WORDS[tokens] | np.isin(tokens, SPECIAL)
+    begins[1:] |= np.isin(tokens, SPECIAL)[:-1]
+    begins[0] = True
+    return np.cumsum(begins) - 1
+
+
+@pytest.mark.parametrize("mask", [0.15, 0.3])
+@pytest.mark.parametrize("unit", ["word", "span"])
+def test_whole_words_are_chosen_at_the_rate_that_is_asked_for(unit, mask):
+    tokens = np.random.default_rng(0).integers(0, 1000, 400_000)
+    _, labels, chosen = chosen_by(unit, tokens, mask)
+    ordinary = ~np.isin(tokens, SPECIAL)
+    assert chosen[ordinary].mean() == pytest.approx(mask, abs=0.005)
+    assert not chosen[~ordinary].any()
+    assert (labels[chosen] == tokens[chosen]).all()
+    word = words_of(tokens)
+    share = np.bincount(word, chosen) / np.bincount(word)
+    assert set(share) <= {0.0, 1.0}, "all of a word, or nothing"
+
+
+def test_spans_are_as_long_as_spanbert_has_them_and_share_one_fate():
+    tokens = np.random.default_rng(0).permutation(np.resize(np.flatnonzero(WORDS)[5:], 600_000))  # every token is a word
+    corrupted, _, chosen = chosen_by("span", tokens, mask=0.02)
+    begins = np.flatnonzero(chosen & ~np.append(False, chosen[:-1]))
+    lengths = np.asarray([int(np.argmin(chosen[at : at + 60])) for at in begins[:-1]])
+    expected = np.minimum(np.random.default_rng(1).geometric(0.2, 10**6), 10)
+    assert lengths.mean() == pytest.approx(expected.mean(), rel=0.06), "spans that touch count as one"
+    assert (lengths == 1).mean() == pytest.approx(0.2, abs=0.02)
+    masked = corrupted == MASK
+    mixed = [at for at, length in zip(begins, lengths, strict=False) if 0 < masked[at : at + length].sum() < length]
+    assert not mixed
+    assert masked[chosen].mean() == pytest.approx(0.8, abs=0.02)
+
+
+@pytest.mark.parametrize("unit", ["word", "span"])
+def test_the_first_word_of_a_piece_is_chosen_as_often_as_any_other(unit):
+    tokens = np.full(12, 6)
+    counts = sum(chosen_by(unit, tokens, mask=0.3, seed=seed)[2].astype(int) for seed in range(4000)) / 4000
+    assert counts == pytest.approx(np.full(12, 0.3), abs=0.03)
+
+
+class Vocabulary:
+    """What is asked of a tokenizer."""
+
+    name_or_path = "theirs"
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.tokens[number] for number in ids]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "begins"),
+    [
+        (["[PAD]", "play", "##ing", "the"], [True, True, False, True]),
+        (["<s>", "Ġplay", "ing", "Ġthe"], [False, True, False, True]),
+        (["<s>", "▁play", "ing", "▁the"], [False, True, False, True]),
+    ],
+)
+def test_vocabularies_show_where_words_begin(tokens, begins):
+    assert word_beginnings(Vocabulary(tokens)).tolist() == begins
+
+
+def test_a_vocabulary_that_does_not_show_words_is_refused():
+    with pytest.raises(UserError, match=r"theirs: its tokens do not show where words begin"):
+        word_beginnings(Vocabulary(["a", "b"]))
