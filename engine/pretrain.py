@@ -140,7 +140,7 @@ def run(stage: Stage[PretrainConfig]) -> None:
     with processes.main_first():
         tokenizer = load_tokenizer(_tokenizer_directory(stage))
         chosen.require(tokenizer)
-        training, validation = _corpora(stage, tokenizer)
+        training, validation = _corpora(stage, tokenizer, chosen.sentences)
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
     model, changes, new = _model(stage, chosen.head, tokenizer)
     chosen.adapt(model)
@@ -245,7 +245,7 @@ def _tokenizer_directory(stage: Stage[PretrainConfig]) -> Path | str:
     return directory
 
 
-def _corpora(stage: Stage[PretrainConfig], tokenizer: Any) -> tuple[Corpus, Corpus]:
+def _corpora(stage: Stage[PretrainConfig], tokenizer: Any, sentences: bool) -> tuple[Corpus, Corpus]:
     """Returns the tokenized training and validation documents, from disk when they are there already."""
     from engine.data.cells import text_cell
     from engine.data.corpus import Corpus, CorpusWriter
@@ -256,7 +256,7 @@ def _corpora(stage: Stage[PretrainConfig], tokenizer: Any) -> tuple[Corpus, Corp
         return Corpus.open(paths[0]), Corpus.open(paths[1])
     text = stage.config.text
     notes: list[str] = []
-    writers = {path.name: CorpusWriter(tokenizer.backend_tokenizer, path) for path in paths}
+    writers = {path.name: CorpusWriter(tokenizer.backend_tokenizer, path, sentences) for path in paths}
     for name, row in iter_splits(stage.config.data, stage.recipe, text, {text: text_cell}, notes):
         if name in writers:
             writers[name].add(row[text])

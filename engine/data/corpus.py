@@ -1,7 +1,7 @@
 """Token shards: documents tokenized once, then read memory-mapped.
 
 A corpus is a directory of `tokens.bin` (uint16 or uint32, little-endian), `ends.npy` (int64, the end of each document in
-tokens) and `corpus.json`, which keeps the ledger; it is complete or absent.
+tokens), `sentences.npy` where they were asked for, and `corpus.json`, which keeps the ledger; it is complete or absent.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from engine.data.sentences import sentence_starts
 from engine.errors import UserError
 from engine.stages.stage import publish
 
+DRAWS = 20
+"""Documents that are drawn in search of a long one."""
 CHUNK = 1024
 """Documents tokenized at a time: enough to keep all cores busy, little memory."""
 
@@ -31,6 +34,8 @@ class Corpus:
     ledger: dict[str, int] = field(default_factory=dict)
     """What went in and what came of it: `documents`, `empty_documents` (without a token, left out), `characters`, `bytes`,
     `tokens`, `unknown_tokens` (what the vocabulary has no word for)."""
+    sentences: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Places in `tokens` where a sentence begins within a document, in order; empty where nobody asked for them."""
 
     @classmethod
     def open(cls, directory: Path) -> Corpus:
@@ -38,7 +43,9 @@ class Corpus:
         about = json.loads((directory / "corpus.json").read_text())
         dtype = about.pop("dtype")
         tokens = np.memmap(directory / "tokens.bin", dtype=dtype, mode="r")
-        return cls(tokens, np.load(directory / "ends.npy", mmap_mode="r"), about)
+        found = directory / "sentences.npy"
+        sentences = {"sentences": np.load(found, mmap_mode="r")} if found.exists() else {}
+        return cls(tokens, np.load(directory / "ends.npy", mmap_mode="r"), about, **sentences)
 
     @property
     def describe(self) -> str:
@@ -66,6 +73,25 @@ class Corpus:
         first = starts[document] + number * length
         return np.stack([first, np.minimum(first + length, self.ends[document])], axis=1)
 
+    def sentences_in(self, first: int, last: int) -> np.ndarray:
+        """Returns the places between `first` and `last`, both left out, where a sentence begins."""
+        return self.sentences[np.searchsorted(self.sentences, first, "right") : np.searchsorted(self.sentences, last)]
+
+    def elsewhere(self, place: int, count: int, rng: np.random.Generator) -> np.ndarray | None:
+        """Returns so many tokens of another document than that of a place, drawn at random; None: none that was drawn is as long.
+
+        They begin with a sentence where one begins in the document early enough, else anywhere.
+        """
+        own = int(np.searchsorted(self.ends, place, side="right"))
+        for other in rng.integers(0, len(self.ends), DRAWS):
+            first, end = int(self.ends[other - 1]) if other else 0, int(self.ends[other])
+            if other == own or end - first < count:
+                continue
+            starts = np.append(first, self.sentences_in(first, end - count + 1))
+            at = int(rng.choice(starts if len(self.sentences) else np.arange(first, end - count + 1)))
+            return self.tokens[at : at + count]
+        return None
+
     def borders(self, windows: np.ndarray) -> np.ndarray:
         """Says of each window whether a document begins with it, and whether one ends with it, shape (windows, 2)."""
         document = np.searchsorted(self.ends, windows[:, 0], side="right")
@@ -79,10 +105,12 @@ class CorpusWriter:
     Args:
         tokenizer: a `tokenizers.Tokenizer`; truncation and padding of its own are switched off.
         directory: the corpus; written beside it first, then renamed.
+        sentences: note where sentences begin.
     """
 
-    def __init__(self, tokenizer: Any, directory: Path) -> None:
+    def __init__(self, tokenizer: Any, directory: Path, sentences: bool = False) -> None:
         self.tokenizer, self.directory = tokenizer, directory
+        self.sentences = array("q") if sentences else None
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.part = directory.with_name(directory.name + ".tmp")
@@ -90,7 +118,7 @@ class CorpusWriter:
         self.part.mkdir(parents=True)
         self.dtype = "<u2" if tokenizer.get_vocab_size() <= 2**16 else "<u4"
         self.file = (self.part / "tokens.bin").open("wb")
-        self.lengths = array("q")
+        self.lengths, self.written = array("q"), 0
         self.chunk: list[str] = []
         self.unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
         self.ledger = dict.fromkeys(("documents", "empty_documents", "characters", "bytes", "tokens", "unknown_tokens"), 0)
@@ -111,6 +139,11 @@ class CorpusWriter:
             if len(ids) == 0:
                 ledger["empty_documents"] += 1
                 continue
+            if self.sentences is not None:
+                firsts = np.asarray([begin for begin, _ in encoding.offsets])
+                inside = np.unique(np.searchsorted(firsts, sentence_starts(text)))
+                self.sentences.extend(int(place) + self.written for place in inside if 0 < place < len(ids))
+            self.written += len(ids)
             self.lengths.append(len(ids))
             self.file.write(ids.tobytes())
         self.chunk.clear()
@@ -127,6 +160,8 @@ class CorpusWriter:
             raise UserError(f"the {self.directory.name} texts hold no token: give more of them, or another share")
         ends = np.cumsum(np.asarray(self.lengths, dtype=np.int64))
         np.save(self.part / "ends.npy", ends)
+        if self.sentences is not None:
+            np.save(self.part / "sentences.npy", np.asarray(self.sentences, dtype=np.int64))
         ledger = {**self.ledger, "documents": len(ends), "tokens": int(ends[-1])}
         (self.part / "corpus.json").write_text(json.dumps({"dtype": self.dtype, **ledger}))
         publish(self.part, self.directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from engine.data.batches import Batch
     from engine.data.corpus import Corpus
     from engine.evaluate import Ranks
-    from engine.objectives import Objective
+    from engine.objectives import Objective, Piece
 
 PROBE_LOGITS = 64
 
@@ -37,10 +38,12 @@ class PackedBatches:
         self.pad = tokenizer.pad_token_id
         self.frame = objective.frame(tokenizer)
         around = [token is not None for token in (self.frame.before, self.frame.after)]
-        self.windows = corpus.windows(length - sum(around))
+        self.between = [] if self.frame.between is None else [self.frame.between]
+        self.windows = corpus.windows(length - sum(around) - len(self.between))
         # Where each piece has the token before it, and the one behind it.
         self.framed = np.broadcast_to(around, self.windows.shape) & (self.frame.pieces | corpus.borders(self.windows))
-        self.packed = PackedRows(self.windows[:, 1] - self.windows[:, 0] + self.framed.sum(axis=1), length, seed)
+        lengths = self.windows[:, 1] - self.windows[:, 0] + self.framed.sum(axis=1) + len(self.between)
+        self.packed = PackedRows(lengths, length, seed)
         self.plan = BatchPlan(np.full(len(self.packed), length), batch_size, seed, bucket=False)
         self.steps_per_epoch = self.plan.steps_per_epoch
 
@@ -52,11 +55,16 @@ class PackedBatches:
             f"{len(self.packed):,} rows of {self.length} ({self.packed.fill:.1%} filled), {self.steps_per_epoch:,} steps an epoch"
         )
 
-    def piece(self, number: int) -> np.ndarray:
-        """Returns the tokens of a piece with what stands around it, int64."""
-        first, last = self.windows[number]
-        before, after = ([token] if there else [] for token, there in zip(self.frame[:2], self.framed[number], strict=True))
-        return np.concatenate([before, self.corpus.tokens[first:last], after]).astype(np.int64)
+    def piece(self, number: int) -> Piece:
+        """Returns a piece and what stands around it."""
+        from engine.objectives import Piece
+
+        first, last = (int(place) for place in self.windows[number])
+        ends = zip((self.frame.before, self.frame.after), self.framed[number], strict=True)
+        before, after = ([token] if there and token is not None else [] for token, there in ends)
+        sentences = self.corpus.sentences_in(first, last) - first
+        elsewhere = functools.partial(self.corpus.elsewhere, first)
+        return Piece(before, self.corpus.tokens[first:last], after, self.between, sentences, elsewhere)
 
     def row(self, epoch: int, row: int) -> dict[str, np.ndarray]:
         """Returns position_ids, segments and the columns of the objective of one packed row, each of shape (length,)."""
@@ -66,9 +74,10 @@ class PackedBatches:
         }
         at = 0
         for number, piece in enumerate(self.packed.row(epoch, row), 1):
-            tokens = self.piece(piece)
+            rng = generator(self.seed, "mask", epoch, piece)
+            tokens, arranged = self.objective.arrange(self.piece(piece), rng)
             place = slice(at, at + len(tokens))
-            for name, values in self.objective.corrupt(tokens, generator(self.seed, "mask", epoch, piece)).items():
+            for name, values in {**arranged, **self.objective.corrupt(tokens, rng)}.items():
                 columns[name][place] = values
             columns["position_ids"][place] = np.arange(len(tokens))
             columns["segments"][place] = number
@@ -92,25 +101,29 @@ class PackedBatches:
         return [self.collate(epoch, rows) for rows in self.plan.micro_batches(step, rank, processes, micro)]
 
     def evaluate(self, model: Any, ranks: Ranks) -> dict[str, float]:
-        """Returns loss (nats per predicted token), perplexity and predicted tokens over all rows, always corrupted alike."""
+        """Returns loss (nats per predicted token), perplexity and predicted tokens over all rows, always corrupted alike, and
+        what else the objective measures."""
         import torch
 
         rows = np.arange(len(self.packed))
         parts = np.array_split(rows, max(1, -(-len(rows) // 32)))
         training = model.training
         model.eval()
-        total = count = 0.0
+        sums: dict[str, list[float]] = {}
         with torch.no_grad():
             for turn in range(-(-len(parts) // ranks.processes)):
                 ranks.poll()
                 index = turn * ranks.processes + ranks.rank
                 batch = self._on(model, self.collate(0, parts[min(index, len(parts) - 1)]))
-                loss, targets = self.objective.loss(model, batch)
-                if index < len(parts):
-                    total, count = total + float(loss), count + float(targets)
+                for name, found in self.objective.measure(model, batch).items():
+                    before = sums.setdefault(name, [0.0, 0.0])
+                    if index < len(parts):
+                        sums[name] = [before[0] + float(found[0]), before[1] + float(found[1])]
         model.train(training)
-        total, count = ranks.sum(total, count)
-        return {"loss": total / count, "perplexity": math.exp(min(total / count, 50.0)), "predicted_tokens": count}
+        sums = {name: ranks.sum(*pair) for name, pair in sums.items()}
+        means = {name: total / count if count else 0.0 for name, (total, count) in sums.items()}
+        perplexity = math.exp(min(means.get("masked_loss", means["loss"]), 50.0))
+        return {**means, "perplexity": perplexity, "predicted_tokens": sums["loss"][1]}
 
     def probe(self, model: Any) -> list[float]:
         """Returns a few logits of the first row: what saved weights have to give again when they are re-opened."""

@@ -23,6 +23,7 @@ OPERATIONS = {
     "spans": "cannot find answers in a text",
     "masked": "cannot be pretrained to predict masked tokens",
     "next": "cannot be pretrained to predict the next token",
+    "pairs": "cannot be pretrained to judge pairs of texts",
     "layers": "cannot be given fewer layers",
     "heads": "cannot lose attention heads",
     "neurons": "cannot lose FFN neurons",
@@ -38,9 +39,10 @@ HEADS = {
     "AutoModelForQuestionAnswering": "spans",
     "AutoModelForMaskedLM": "masked",
     "AutoModelForCausalLM": "next",
+    "AutoModelForPreTraining": "pairs",
 }
 """Class of transformers that gives a model its head → the operation that needs it."""
-PRETRAINED = {"masked": False, "next": True}
+PRETRAINED = {"masked": False, "next": True, "pairs": False}
 """Operations that need packed rows, and whether a token then sees those before it alone."""
 LAYERED = ("layers", "heads", "neurons", "attention", "ffn")
 """Operations that need to know where the layers lie."""
@@ -134,6 +136,8 @@ class Family:
     """A decoder begins with the last token of the text, its language, in place of a fixed one."""
     vocabulary_head: tuple[str, ...] = ()
     """From the model: what scores the vocabulary, one module behind the other; the first takes hidden states."""
+    pair_head: tuple[str, ...] = ()
+    """From the model: what scores a pair of texts, one module behind the other; the first takes the first token's state."""
     causal: bool = False
     """A token sees those before it alone."""
     windowed: bool = False
@@ -147,6 +151,8 @@ class Family:
             return self.cannot.get(
                 operation, "how they take the rows that it needs is not known (docs/models.md lists the families)"
             )
+        if operation == "pairs" and not self.pair_head:
+            return self.cannot.get(operation, "transformers has no head for that")
         if operation in LAYERED and not self.stacks:
             return self.cannot.get(operation, "where their layers lie is not known (docs/models.md lists the families)")
         return self.cannot.get(operation)
@@ -157,7 +163,9 @@ def _matrices(prefix: str, **names: str) -> dict[str, Matrix]:
 
 
 UNKNOWN = Family()
-_BERT = Family((Stack(),), additive_mask=True, plain_attention=True, packed=True, vocabulary_head=("cls",))
+_BERT = Family((Stack(),), additive_mask=True, plain_attention=True, packed=True, vocabulary_head=("cls.predictions",))
+_BERT_PAIRS = ("bert.pooler.dense", "bert.pooler.activation", "cls.seq_relationship")
+_ALBERT_PAIRS = ("albert.pooler", "albert.pooler_activation", "sop_classifier")
 _OFFSET = replace(_BERT, positions="after padding", vocabulary_head=("lm_head",))
 
 _DISTIL = Stack(
@@ -296,9 +304,11 @@ _DECODER = Family(
 )
 
 FAMILIES = {
-    "albert": replace(_BERT, stacks=(_ALBERT,), shared_layers="num_hidden_groups", vocabulary_head=("predictions",)),
+    "albert": replace(
+        _BERT, stacks=(_ALBERT,), shared_layers="num_hidden_groups", vocabulary_head=("predictions",), pair_head=_ALBERT_PAIRS
+    ),
     "bart": _BART_ROW,
-    "bert": _BERT,
+    "bert": replace(_BERT, pair_head=_BERT_PAIRS),
     "camembert": _OFFSET,
     "data2vec-text": _OFFSET,
     "deberta": Family((_DEBERTA,)),

@@ -10,6 +10,7 @@ Shapes: L tokens of a piece or a row, B rows.
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BeforeValidator, SerializeAsAny
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from engine.data.corpus import Corpus
 
     Batch = dict[str, torch.Tensor]
+    Parts = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 DEFAULT = "mlm"
 """What a recipe that names no objective gets."""
@@ -44,6 +46,21 @@ class Frame(NamedTuple):
     after: int | None
     pieces: bool = True
     """They stand around every piece that a document was cut into, not around the document alone."""
+    between: int | None = None
+    """Stands between the parts of a piece, where an objective makes two of it."""
+
+
+class Piece(NamedTuple):
+    """A part of a document that fits a packed row, and what its frame puts around it: lists of at most one token."""
+
+    before: list[int]
+    tokens: np.ndarray
+    after: list[int]
+    between: list[int]
+    sentences: np.ndarray
+    """Places in `tokens`, above 0, where a sentence begins; none where the objective does not ask for sentences."""
+    elsewhere: Callable[[int, np.random.Generator], np.ndarray | None]
+    """Returns so many tokens of another document, from the beginning of a sentence where one is near; None: none is as long."""
 
 
 class Objective(abc.ABC):
@@ -55,6 +72,8 @@ class Objective(abc.ABC):
     """The objective in words."""
     special_tokens: ClassVar[tuple[str, ...]]
     """What its tokenizer must have."""
+    sentences: ClassVar[bool] = False
+    """It asks where sentences begin."""
     columns: ClassVar[dict[str, int | None]]
     """{column of a packed row that `corrupt` gives: what stands where there is no token}; None: the padding token."""
 
@@ -78,9 +97,15 @@ class Objective(abc.ABC):
         """Returns what stands around the tokens of a document, as an encoder's tokenizer has it."""
         return Frame(tokenizer.cls_token_id, tokenizer.sep_token_id)
 
+    def arrange(self, piece: Piece, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Returns the tokens of a piece with their frame, shape (L,), and columns that `corrupt` does not give."""
+        import numpy as np
+
+        return np.concatenate([piece.before, piece.tokens, piece.after]).astype(np.int64), {}
+
     @abc.abstractmethod
     def corrupt(self, tokens_L: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Returns `columns` of one piece of a document, with what its frame adds, each of shape (L,): a pure function."""
+        """Returns columns of one piece of a document, with what its frame adds, each of shape (L,): a pure function."""
 
     @classmethod  # noqa: B027 - most heads are right as they are
     def adapt(cls, model: Any) -> None:
@@ -96,6 +121,10 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def loss(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (summed loss, number of targets) of packed rows: `columns`, position_ids and segments, each (B, L) int64."""
+
+    def measure(self, model: Any, batch: Batch) -> Parts:
+        """Returns what held-out rows are judged by, `loss` among it, as (sum, number): an average is shown of each."""
+        return {"loss": self.loss(model, batch)}
 
     @abc.abstractmethod
     def count(self, arrays: dict[str, np.ndarray]) -> int:

@@ -43,15 +43,11 @@ class Objective(objectives.Objective):
         Returns:
             (summed loss, number of predicted tokens), two scalars.
         """
-        labels_BL = batch["labels"]
-        predicted_BL = labels_BL != IGNORED
-        return cross_entropy(model, hidden_of(model, batch)[predicted_BL], labels_BL[predicted_BL]), predicted_BL.sum()
+        return token_loss(model, hidden_of(model, batch), batch)
 
     def logits(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Returns the scores of the predicted tokens, shape (M, V)."""
-        from engine.models.attention import vocabulary_scores
-
-        return vocabulary_scores(model, hidden_of(model, batch)[batch["labels"] != IGNORED])
+        return token_logits(model, hidden_of(model, batch), batch)
 
     def count(self, arrays: dict[str, np.ndarray]) -> int:
         return int((arrays["labels"] >= 0).sum())
@@ -77,8 +73,24 @@ def hidden_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     from engine.models.attention import packed_inputs
 
     packed = packed_inputs(model, batch["segments"], batch["position_ids"])
+    if "token_type_ids" in batch:
+        packed["token_type_ids"] = batch["token_type_ids"]
     hidden: torch.Tensor = model.base_model(input_ids=batch["input_ids"], **packed)[0]
     return hidden
+
+
+def token_loss(model: Any, hidden_BLH: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (summed loss of the predicted tokens, how many they are), given the last hidden states."""
+    labels_BL = batch["labels"]
+    predicted_BL = labels_BL != IGNORED
+    return cross_entropy(model, hidden_BLH[predicted_BL], labels_BL[predicted_BL]), predicted_BL.sum()
+
+
+def token_logits(model: Any, hidden_BLH: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the scores of the predicted tokens, shape (M, V), given the last hidden states."""
+    from engine.models.attention import vocabulary_scores
+
+    return vocabulary_scores(model, hidden_BLH[batch["labels"] != IGNORED])
 
 
 def cross_entropy(model: Any, hidden_MH: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,6 @@ the recovery training of a pruned model: its student is then the pruned model it
 from __future__ import annotations
 
 import functools
-import re
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from pydantic import Field, model_validator
 
 from engine.config import ModelRef, Strict
 from engine.data.cells import text_cell
+from engine.data.sentences import sentences_of
 from engine.data.sources import SourceConfig, read_rows
 from engine.data.splits import DataConfig
 from engine.errors import UserError
@@ -110,12 +110,6 @@ def shorten(model: Any, keep: int | list[int]) -> None:
     from engine.models.structure import keep_layers, sizes_of
 
     keep_layers(model, *(layers_to_keep(keep, layers) for layers in sizes_of(model)))
-
-
-def sentences_of(text: str) -> list[str]:
-    """Cuts a text at sentence ends and line breaks (HTML ones too); order kept."""
-    parts = re.split(r"(?:<br\s*/?>)+|\n+|(?<=[.!?])\s+", text)
-    return [part.strip() for part in parts if part.strip()]
 
 
 def transfer_texts(transfer: TransferConfig, stage: Stage[Any], held_out: Collection[str | None]) -> list[str]:

@@ -8,10 +8,11 @@ import torch
 from torch.nn import functional
 
 from engine.answers.classification import f1_macro
+from engine.data.sentences import sentence_starts, sentences_of
 from engine.errors import UserError
 from engine.evaluate import Alone, evaluate, share_of_answers
 from engine.tasks import classification
-from export.compress.distill import layers_to_keep, matched, sentences_of, token_mse
+from export.compress.distill import layers_to_keep, matched, token_mse
 from tests.recipes import run_here, write_recipe, write_rows
 from tests.unit.models import classification_task, tiny_classifier
 
@@ -195,3 +196,6 @@ def test_kept_layers_are_spread_or_named():
 
 def test_reviews_are_cut_into_sentences():
     assert sentences_of("Good.<br /><br />Really? Yes! one") == ["Good.", "Really?", "Yes!", "one"]
+    text = "One. Two!\nThree 你好。再见。"
+    starts = sentence_starts(text)
+    assert [text[place:] for place in starts] == ["Two!\nThree 你好。再见。", "Three 你好。再见。", "再见。"]

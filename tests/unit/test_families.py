@@ -14,7 +14,21 @@ from engine.tasks import Graph
 from export.engines.graph import export_onnx
 from tests.families import UNKNOWN, config_of, tokenizer_of
 
-COLUMNS = ("classes", "tags", "spans", "masked", "next", "layers", "heads", "neurons", "attention", "ffn", "embeddings", "maps")
+COLUMNS = (
+    "classes",
+    "tags",
+    "spans",
+    "masked",
+    "next",
+    "pairs",
+    "layers",
+    "heads",
+    "neurons",
+    "attention",
+    "ffn",
+    "embeddings",
+    "maps",
+)
 IDS = torch.tensor([[2, 10, 11, 12, 3]])
 
 
