@@ -49,7 +49,8 @@ def ours(data: Path, seed: int, scratch: Path) -> dict[str, float]:
 def theirs(padding: str, data: Path, seed: int) -> dict[str, float]:
     """Trains with Hugging Face's Trainer; returns {"seconds", "accuracy"}."""
     rows = PADDED_ROWS if padding == "padded" else ROWS
-    options = {"model": package_path(MODEL), "data": data, "rows": rows, "seed": seed}
+    options = {"model": package_path(MODEL), "rows": rows, "seed": seed, "column": "sentence"}
+    options |= {"train": data / "train.tsv", "dev": data / "dev.tsv"}
     options |= {"learning-rate": LEARNING_RATE, "batch-size": BATCH}
     command = [sys.executable, "-m", "benchmarks.hf_trainer", padding]
     command += [text for key, value in options.items() for text in (f"--{key}", str(value))]
