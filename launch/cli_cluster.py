@@ -59,7 +59,15 @@ Wait = Annotated[bool, _slurm("Stay until the jobs have ended and tell how.", "-
 
 
 SHELL = "ssh {host}"
-FROM_SLURM = {"node_rank": None, "main_address": None, "main_port": PORT, "records": None, "hosts": None, "shell": SHELL}
+FROM_SLURM: dict[str, Any] = {
+    "node_rank": None,
+    "main_address": None,
+    "main_port": PORT,
+    "records": None,
+    "hosts": None,
+    "shell": SHELL,
+    "env": [],
+}
 """Options whose values a job finds by itself, with their defaults."""
 RESOURCES = ("account", "partition", "qos", "constraint", "gres", "exclude", "time", "cpus_per_task", "mem")
 """Options that sbatch takes under the same names."""
@@ -86,6 +94,8 @@ def launch_nodes(given: dict[str, Any]) -> None:
     if given["as_json"] and not given["preflight"]:
         raise UserError("--json prints what --preflight finds: add --preflight")
     hosts = read_hosts(given["hosts"], nodes, rank) if given["hosts"] is not None else None
+    if given["env"] and not hosts:
+        raise UserError("--env carries variables to the nodes of --hosts: here every node has its own environment")
     if hosts:
         nodes, address = len(hosts), address or hosts[0]
     if hosts or given["dry_run"]:
@@ -94,9 +104,9 @@ def launch_nodes(given: dict[str, Any]) -> None:
         places: list[Place] = [place_of(nodes, rank, address, *numbers) for rank in ranks]
         stages = _check(given, places[0])
         if hosts and not given["dry_run"]:
-            run_hosts(_node_arguments(given), places, hosts, given["shell"])
+            run_hosts(_node_arguments(given), places, hosts, given["shell"], given["env"])
         else:
-            show_commands(_node_arguments(given), places, hosts, given["shell"])
+            show_commands(_node_arguments(given), places, hosts, given["shell"], given["env"])
             show_stages(stages, given["overrides"], places)
         return
     place = place_of(nodes, rank, address, *numbers)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +30,8 @@ from launch.watchdog import StageError
 
 ATTENDED = "BOTHWAYS_ATTENDED"
 """Environment variable: set for a command whose standard input says when to stop."""
+CARRIED = ("NCCL_", "TORCH_NCCL_", "GLOO_", "BOTHWAYS_")
+"""Variables whose names begin so travel to every node: what they say about the network holds for all, or for none."""
 ALONE_SECONDS = 30.0
 """How long the other nodes may go on when one has failed: they find out why by themselves."""
 STOP = "stop\n"
@@ -72,10 +75,31 @@ def remote_command(shell: str, host: str, command: list[str]) -> list[str]:
     return [*words, text] if Path(words[0]).name == "ssh" else [*words, "sh", "-c", text]
 
 
-def show_commands(arguments: list[str], places: list[Place], hosts: list[str] | None, shell: str) -> None:
-    """Prints the command of every node."""
+def carried(names: Sequence[str]) -> dict[str, str]:
+    """Returns the variables of this environment that travel to every node: those of CARRIED, and those that are named.
+
+    Raises:
+        UserError: a named one is not set here.
+    """
+    for name in names:
+        if name not in os.environ:
+            raise UserError(f"--env {name}: it is not set here: write --env NAME after `export NAME=…`")
+    found = {name for name in os.environ if name.startswith(CARRIED)} | set(names)
+    return {name: os.environ[name] for name in sorted(found - {ATTENDED})}
+
+
+def with_variables(variables: dict[str, str], command: list[str]) -> list[str]:
+    """Returns a command line that runs a command with further environment variables."""
+    return ["env", *(f"{name}={value}" for name, value in variables.items()), *command] if variables else command
+
+
+def show_commands(
+    arguments: list[str], places: list[Place], hosts: list[str] | None, shell: str, names: Sequence[str] = ()
+) -> None:
+    """Prints the command of every node; the values of named variables, which may be secret, are not shown."""
+    variables = {name: "…" if name in names else value for name, value in carried(names).items()} if hosts else {}
     for place in places:
-        command = node_command(arguments, place)
+        command = with_variables(variables, node_command(arguments, place))
         line = shlex.join(remote_command(shell, hosts[place.rank], command)) if hosts else shown(command)
         print(f"# node {place.rank}" + (f" ({hosts[place.rank]})" if hosts else "") + f"\n{line}", flush=True)
 
@@ -87,18 +111,19 @@ def show_stages(stages: list[Stage[Any]], overrides: list[str], places: list[Pla
             print(f"# stage {stage.name} on node {place.rank}\n#   {shlex.join(local.command(stage, overrides, place))}")
 
 
-def run_hosts(arguments: list[str], places: list[Place], hosts: list[str], shell: str) -> None:
-    """Runs all nodes to their end.
+def run_hosts(arguments: list[str], places: list[Place], hosts: list[str], shell: str, names: Sequence[str] = ()) -> None:
+    """Runs all nodes to their end, with the variables that travel (see `carried`).
 
     SIGINT, SIGTERM and SIGUSR1 ask all nodes to save a checkpoint and stop, the second one ends them.
 
     Raises:
         StageError: a node has failed, or the command was asked to stop.
     """
-    show_commands(arguments, places, hosts, shell)
+    show_commands(arguments, places, hosts, shell, names)
     with Requests() as requests:
-        attended = ["env", f"{ATTENDED}=1"]
-        commands = [remote_command(shell, hosts[place.rank], attended + node_command(arguments, place)) for place in places]
+        variables = {ATTENDED: "1", **carried(names)}
+        full = [with_variables(variables, node_command(arguments, place)) for place in places]
+        commands = [remote_command(shell, hosts[place.rank], command) for place, command in zip(places, full, strict=True)]
         nodes = [_Node(host, command) for host, command in zip(hosts, commands, strict=True)]
         told, failed_at = 0, 0.0
         while any(node.process.poll() is None for node in nodes):

@@ -177,11 +177,13 @@ def interface_to(address: str) -> str | None:
 
 
 def network(place: Place) -> dict[str, str]:
-    """Environment that makes gloo use the interface to the main node; NCCL finds its interfaces itself."""
-    if not place.several or "GLOO_SOCKET_IFNAME" in os.environ:
-        return {}
-    name = interface_to(place.address)
-    return {"GLOO_SOCKET_IFNAME": name} if name else {}
+    """Environment that makes gloo and NCCL meet over the interface to the main node, where it says nothing itself.
+
+    NCCL still moves data over InfiniBand where there is some. Its `=` asks for exactly this name: `eth1` would be `eth10`, too.
+    """
+    name = interface_to(place.address) if place.several else None
+    wanted = {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"} if name else {}
+    return {key: value for key, value in wanted.items() if key not in os.environ}
 
 
 def node_command(arguments: list[str], place: Place) -> list[str]:

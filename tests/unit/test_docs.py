@@ -31,13 +31,16 @@ def test_every_page_is_linked_from_the_index():
 TASK_PAGES = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("tasks-*.md"))]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "docs/glue.md", *TASK_PAGES])
-def test_the_recipe_of_a_page_is_valid(tmp_path, page):
-    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
-    path = tmp_path / "reviews.yaml"
-    path.write_text(block, encoding="utf-8")
-    stages = load_stages(load_recipe(path))
-    assert [stage.name for stage in stages] == list(yaml.safe_load(block)["stages"])
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md", "docs/glue.md", "docs/pretraining.md", *TASK_PAGES])
+def test_the_recipes_of_a_page_are_valid(tmp_path, page):
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    whole = [block for block in blocks if block.startswith("name:")]
+    assert whole
+    for block in whole:
+        path = tmp_path / "reviews.yaml"
+        path.write_text(block, encoding="utf-8")
+        stages = load_stages(load_recipe(path))
+        assert [stage.name for stage in stages] == list(yaml.safe_load(block)["stages"])
 
 
 def test_every_kind_of_stage_is_named_in_the_changelog():

@@ -1,5 +1,6 @@
 """Starting all nodes from one host: command lines, output, and requests to stop that reach every node."""
 
+import os
 import shlex
 import signal
 import sys
@@ -10,7 +11,7 @@ import pytest
 from engine.errors import PREEMPTED, UserError
 from launch import cli
 from launch.nodes import hosts as module
-from launch.nodes.hosts import read_hosts, remote_command, run_hosts
+from launch.nodes.hosts import carried, read_hosts, remote_command, run_hosts
 from launch.nodes.place import Place
 from launch.watchdog import StageError
 from tests.recipes import write_recipe
@@ -84,6 +85,40 @@ def test_a_node_that_fails_gives_the_status(program):
     with pytest.raises(StageError, match=r"^node b ended with status 76$") as error:
         run_hosts([], PLACES, ["a", "b"], HERE)
     assert error.value.status == 76
+
+
+def test_what_is_said_of_the_network_and_what_is_named_reaches_every_node(program, capfd, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(module.CARRIED)]:
+        monkeypatch.delenv(name)
+    for name, value in {"NCCL_DEBUG": "INFO x", "GLOO_SOCKET_IFNAME": "lo", "TOKEN": "a secret", module.ATTENDED: "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert carried([]) == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_DEBUG": "INFO x"}
+    names = ("NCCL_DEBUG", "GLOO_SOCKET_IFNAME", "TOKEN")
+    program(f"print([os.environ.get(name) for name in {names}])")
+    shell = "env -u TOKEN -u NCCL_DEBUG -u GLOO_SOCKET_IFNAME HOST={host}"
+    run_hosts([], PLACES, ["a", "b"], shell, ["TOKEN"])
+    out = capfd.readouterr().out
+    assert out.count("['INFO x', 'lo', 'a secret']") == 2
+    shown = [line for line in out.splitlines() if line.startswith("env ")]
+    assert len(shown) == 2
+    assert all("TOKEN=…" in line and "secret" not in line and "NCCL_DEBUG=INFO x" in line for line in shown)
+
+
+def test_a_variable_that_is_not_set_is_named(monkeypatch):
+    monkeypatch.delenv("TOKEN", raising=False)
+    with pytest.raises(UserError, match="--env TOKEN: it is not set here"):
+        carried(["TOKEN"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("--nodes", "1"), "--env carries variables to the nodes of --hosts"), (("--slurm",), "--env: the job takes it from Slurm")],
+)
+def test_variables_travel_to_hosts_alone(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["launch", str(write_recipe(tmp_path)), *options, "--env", "HOME"])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 STOPPABLE = """

@@ -116,11 +116,14 @@ def test_the_interface_to_this_host_is_the_loopback():
     assert interface_to("127.0.0.1") == "lo"
 
 
-def test_gloo_is_told_its_interface_unless_the_user_has(monkeypatch):
+def test_gloo_and_nccl_are_told_their_interface_unless_the_user_has(monkeypatch):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    assert network(Place(2, 1, "127.0.0.1")) == {"GLOO_SOCKET_IFNAME": "lo"}
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    assert network(Place(2, 1, "127.0.0.1")) == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}
     assert network(Place()) == {}
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    assert network(Place(2, 1, "127.0.0.1")) == {"NCCL_SOCKET_IFNAME": "=lo"}
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
     assert network(Place(2, 1, "127.0.0.1")) == {}
 
 
