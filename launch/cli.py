@@ -118,7 +118,8 @@ def launch(
     hosts: Annotated[str | None, typer.Option(metavar="A,B,…", help="Start all nodes from here.", show_default=False)] = None,
     shell: Annotated[str, typer.Option(help="With --hosts: how to get to a host.")] = cluster.SHELL,
     env: Annotated[
-        list[str], typer.Option(metavar="NAME", help="With --hosts: this variable goes along; NCCL_*, GLOO_*, BOTHWAYS_* do.")
+        list[str],
+        typer.Option(metavar="NAME", help="With --hosts: this variable goes along, as those of NCCL and gloo always do."),
     ] = [],  # noqa: B006
     preflight: Annotated[
         bool, typer.Option("--preflight", help="Only check that the nodes are fit; with --slurm: before each training stage.")
