@@ -14,6 +14,7 @@ from engine.config import ModelRef, Strict
 from engine.cpu import instructions
 from engine.data.readers import Row
 from engine.data.splits import DataConfig
+from engine.errors import UserError
 from engine.stages.stage import Stage, lineage, read_stage, stage_main
 from engine.tasks import AnyTask
 from export.engines import Weights
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     import numpy as np
     import onnx
 
-    from engine.answers import Answer, Answers
+    from engine.answers import Answer, Answers, Run
     from engine.tasks import Task
     from export.engines.benchmark import Calls, Candidate
+    from export.engines.parity import Outputs
 
 Backend = Literal["onnxruntime", "tensorrt", "tensorrt_rtx"]
 GOLDEN = 32
@@ -122,6 +124,41 @@ def build_engines(config: ExportConfig, source: Source, lengths: np.ndarray, dir
             said = f"{len(quantized)} int8 matrix products, shapes (batch, length) {profile.shapes()}"
             print(f"  {backend}: graph {graph}: {said}", flush=True)
     return engines
+
+
+def gate_others(
+    config: ExportConfig,
+    engines: dict[str, dict[str, Path]],
+    answers: Answers,
+    rows: Sequence[Row],
+    reference: tuple[list[Answer], Outputs],
+) -> tuple[dict[str, Any], dict[str, Run]]:
+    """Holds the engines beside the embedded one to the same gates, where this machine can run them.
+
+    Returns:
+        ({backend: what `check_parity` found, or {"not_run": why}}, {backend: `run` of those that do}).
+
+    Raises:
+        UserError: a gate is not passed.
+    """
+    from engine.answers._batches import batched
+    from export.engines.parity import check_parity, run_of
+    from export.engines.trt import TrtEngine, why_not_run
+
+    found: dict[str, Any] = {}
+    runs: dict[str, Run] = {}
+    for backend in dict.fromkeys(name for name in config.backends if name != "onnxruntime"):
+        if reason := why_not_run(backend):
+            print(f"  {backend}: {reason}: its answers, outputs and times were not looked at", flush=True)
+            found[backend] = {"not_run": reason}
+            continue
+        loaded = {name: TrtEngine(files[backend], backend) for name, files in engines.items()}
+        runs[backend] = batched(run_of(loaded), config.max_batch)
+        try:
+            found[backend] = check_parity(runs[backend], answers, rows, reference, config.gates, config.max_length)
+        except UserError as error:
+            raise UserError(f"{backend}: {error}") from None
+    return found, runs
 
 
 def candidates_of(
@@ -260,14 +297,18 @@ def run(stage: Stage[ExportConfig]) -> None:
     engine = run_of({name: OrtEngine(files["onnxruntime"], config.threads, wide=wide) for name, files in engines.items()})
     reference = load_finished(source.reference, task, "eager")
     with evaluating(reference):
-        parity = check_parity(
-            engine, answers, rows, observe(torch_run(reference, task), answers, rows), config.gates, config.max_length
-        )
+        observed = observe(torch_run(reference, task), answers, rows)
+    parity = check_parity(engine, answers, rows, observed, config.gates, config.max_length)
+    others, runs = gate_others(config, engines, answers, rows, observed)
+    parity["others"] = others
     metrics = data.judge(lambda rows: evaluate_engine(engine, answers, rows), stage.output)
 
     inputs = [calls_of(answers, engine, row) for row in rows[:LATENCY_INPUTS]]
     candidate = Candidate(f"{stage.name}/engine", stage.name, "onnxruntime", source.precision, replay(engine))
-    benchmark, comparison = run_benchmark(stage, candidates_of(stage, path, candidate, task, rows[:LATENCY_INPUTS]), inputs)
+    candidates = candidates_of(stage, path, candidate, task, rows[:LATENCY_INPUTS])
+    for backend, other in runs.items():
+        candidates.append(Candidate(f"{stage.name}/{backend}", stage.name, backend, source.precision, replay(other)))
+    benchmark, comparison = run_benchmark(stage, candidates, inputs)
     size = sum(weight_bytes(graph) for graph in source.graphs.values())
     if config.baseline is not None:
         baseline = Path(stage.recipe.find_model(config.baseline))

@@ -19,9 +19,6 @@ from engine.gpu import gpus
 from launch.machine import cores
 from launch.operators import ASYNC_IO, CPU_ADAM, SHARED_MEMORY, is_built, is_stale, locks
 
-RTX = {(7, 5), (8, 6), (8, 9), (12, 0), (12, 1)}
-"""Compute capabilities that TensorRT-RTX runs on (its support matrix, versions 1.0 to 1.5); 12.1 from 1.5 on."""
-
 
 class Finding(NamedTuple):
     """One thing that was looked at."""
@@ -193,16 +190,13 @@ def _tensorrt_rtx() -> Finding:
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return Finding("TensorRT-RTX", False, "not installed", "pip install 'bothways[rtx]'")
     version = _version("tensorrt-rtx-cu13") or "installed"
-    if not gpus():
-        return Finding("TensorRT-RTX", True, f"{version}: builds engines; running one needs a GPU")
-    import torch
+    from export.engines.trt import why_not_run
 
-    kinds = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
-    others = sorted(f"sm_{major}{minor}" for major, minor in kinds - RTX)
-    if others:
-        says = f"{version}: builds engines for RTX GPUs, and runs none on this {', '.join(others)}"
-        return Finding("TensorRT-RTX", True, says, "here take `tensorrt`: pip install 'bothways[tensorrt]'")
-    return Finding("TensorRT-RTX", True, f"{version}: builds and runs engines")
+    reason = why_not_run("tensorrt_rtx")
+    if not reason:
+        return Finding("TensorRT-RTX", True, f"{version}: builds and runs engines")
+    fix = "take `tensorrt` here: pip install 'bothways[tensorrt]'" if gpus() else ""
+    return Finding("TensorRT-RTX", True, f"{version}: builds engines for RTX GPUs, and runs none: {reason}", fix)
 
 
 def _bitsandbytes() -> Finding:

@@ -17,6 +17,8 @@ from engine.errors import UserError
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 """Python module → distribution that brings it; the module's name is the backend's name in recipes."""
 
+RTX = {(7, 5), (8, 6), (8, 9), (12, 0), (12, 1)}
+"""Compute capabilities that TensorRT-RTX runs on (its support matrix, versions 1.0 to 1.5); 12.1 from 1.5 on."""
 TYPES = {"FLOAT": "torch.float32", "INT32": "torch.int32", "INT64": "torch.int64", "BOOL": "torch.bool"}
 """TensorRT's names of types, and torch's."""
 
@@ -55,6 +57,18 @@ def tensorrt_module(backend: str) -> Any:
             f"backend {backend} needs the package {PACKAGES.get(backend, backend)}: pip install {PACKAGES.get(backend, backend)}"
         ) from None
     return module
+
+
+def why_not_run(backend: str) -> str | None:
+    """Returns why no engine of a backend runs on this machine, None where one does."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "there is no NVIDIA GPU here"
+    major, minor = torch.cuda.get_device_capability()
+    if backend == "tensorrt_rtx" and (major, minor) not in RTX:
+        return f"TensorRT-RTX does not run on GPUs of kind sm_{major}{minor}"
+    return None
 
 
 class Parsed(NamedTuple):
@@ -140,8 +154,8 @@ class TrtEngine:
     def __init__(self, path: Path, backend: str) -> None:
         import torch
 
-        if not torch.cuda.is_available():
-            raise UserError(f"{path}: a {backend} engine runs on an NVIDIA GPU and there is none: use the onnxruntime engine")
+        if reason := why_not_run(backend):
+            raise UserError(f"{path}: an engine for {backend}: {reason}: use the onnxruntime engine")
         trt = tensorrt_module(backend)
         self.engine = trt.Runtime(_logger(trt)).deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:

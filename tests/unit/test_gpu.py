@@ -124,12 +124,12 @@ def test_a_driver_that_says_no_version_is_said_to_have_none(devices):
 def test_the_doctor_knows_which_gpus_run_engines_for_rtx(monkeypatch, capability, runs):
     pytest.importorskip("tensorrt_rtx", reason="the extra `rtx` is not installed")
     monkeypatch.setattr(doctor, "gpus", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     finding = doctor._tensorrt_rtx()
     assert ("builds and runs engines" in finding.says) == runs
     if not runs:
-        assert f"runs none on this sm_{capability[0]}{capability[1]}" in finding.says
+        assert f"runs none: TensorRT-RTX does not run on GPUs of kind sm_{capability[0]}{capability[1]}" in finding.says
         assert "bothways[tensorrt]" in finding.fix
 
 

@@ -12,9 +12,12 @@ from onnx import helper
 
 from engine.errors import UserError
 from export.compress.quantize import quantize_embeddings, quantize_matmuls, tensorrt_form, watch_activations
+from export.engines import trt as module
 from export.engines.graph import export_onnx, merge_projections
 from export.engines.ort import OrtEngine
+from export.engines.parity import ParityGates, observe, run_of
 from export.engines.trt import Profile, TrtEngine, build_engine, parse_network, quantized_matmuls, tensorrt_module
+from export.export import ExportConfig, gate_others
 from tests.unit.models import GRAPH, tiny_classifier
 from tests.unit.test_engines import ROWS, examples, logits_of, task  # noqa: F401 - fixtures
 
@@ -85,7 +88,7 @@ def test_the_profile_is_tuned_for_the_measured_lengths():
 
 def test_an_engine_without_a_gpu_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="runs on an NVIDIA GPU and there is none"):
+    with pytest.raises(UserError, match="there is no NVIDIA GPU here: use the onnxruntime engine"):
         TrtEngine(tmp_path / "model.engine", "tensorrt_rtx")
 
 
@@ -154,6 +157,49 @@ def test_what_an_engine_refuses_is_an_error_and_no_answer(engine, refuses, kind,
 
 def test_an_engine_that_refuses_nothing_answers(engine):
     assert engine().run({"input_ids": np.zeros((2, 5), np.int64)})["logits"].shape == (2, 3)
+
+
+@pytest.fixture
+def shipped(quantized, task, tmp_path):  # noqa: F811
+    """(configuration of an export, its engines, rows, what the embedded engine gave)."""
+    (tmp_path / "model.onnx").write_bytes(quantized.SerializeToString())
+    engines = {"model": {"onnxruntime": tmp_path / "model.onnx", "tensorrt": tmp_path / "model.onnx"}}
+    config = ExportConfig.model_construct(backends=["onnxruntime", "tensorrt"], gates=ParityGates(), max_length=32, max_batch=4)
+    run = run_of({"model": OrtEngine(tmp_path / "model.onnx", 1)})
+    return config, engines, task.answers, ROWS, observe(run, task.answers, ROWS)
+
+
+class Stand(OrtEngine):
+    """ONNX Runtime in the place of TensorRT; it counts the rows of a call, and may move its outputs."""
+
+    largest, moved = 0, 0.0
+
+    def __init__(self, path, backend):
+        super().__init__(path, 1)
+
+    def run(self, arrays):
+        rows = len(next(iter(arrays.values())))
+        Stand.largest = max(Stand.largest, rows)
+        return {name: value + Stand.moved * rows for name, value in super().run(arrays).items()}
+
+
+def test_an_engine_that_this_machine_runs_passes_the_gates_before_it_ships(shipped, monkeypatch):
+    monkeypatch.setattr(module, "why_not_run", lambda backend: None)
+    monkeypatch.setattr(module, "TrtEngine", Stand)
+    monkeypatch.setattr(Stand, "largest", 0)
+    found, runs = gate_others(*shipped)
+    assert found["tensorrt"]["agreement"] == 1.0 and list(runs) == ["tensorrt"]
+    assert 1 < Stand.largest <= shipped[0].max_batch
+    monkeypatch.setattr(Stand, "moved", 0.5)
+    with pytest.raises(UserError, match=r"^tensorrt: the engine's model/logits depend on batch"):
+        gate_others(*shipped)
+
+
+def test_an_engine_that_this_machine_cannot_run_is_said_and_recorded(shipped, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found, runs = gate_others(*shipped)
+    assert found == {"tensorrt": {"not_run": "there is no NVIDIA GPU here"}} and runs == {}
+    assert "tensorrt: there is no NVIDIA GPU here: its answers, outputs and times were not looked at" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
