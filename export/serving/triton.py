@@ -19,6 +19,7 @@ import engine
 import engine.answers
 from engine.answers import MODEL, Answers
 from engine.errors import UserError
+from export.engines import Weights
 
 VERSION = "1"
 MAX_QUEUE = 256
@@ -38,7 +39,7 @@ input [
 output [
 {outputs}
 ]
-instance_group [ {{ kind: KIND_AUTO }} ]
+instance_group [ {{ kind: {kind} }} ]
 """
 
 _TEXT = """\
@@ -97,6 +98,7 @@ def write_repository(
     max_batch: int,
     tokenizer: Path,
     engines: dict[str, dict[str, Path]],
+    weights: Weights | None = None,
 ) -> dict[str, dict[str, str]]:
     """Writes a model repository.
 
@@ -108,6 +110,8 @@ def write_repository(
         tokenizer: tokenizer.json with truncation and padding set.
         engines: {graph: {runtime: file}}. Triton runs a TensorRT plan instead of the ONNX file, which stays beside it for other
             runtimes.
+        weights: form of int8 weights; None: the ONNX files compute with floats. Their int8 products are made for CPUs, and that is
+            where Triton runs them, on machines with GPUs too.
 
     Returns:
         {graph: {runtime: path of its engine below `models`}}.
@@ -121,8 +125,9 @@ def write_repository(
     for graph, sides in graphs.items():
         core, files = core_name(name, graph), engines[graph]
         platform = "tensorrt_plan" if "tensorrt" in files else "onnxruntime_onnx"
+        kind = "KIND_CPU" if weights is not None and "tensorrt" not in files else "KIND_AUTO"
         tensors = {"inputs": _of_graph(sides["inputs"]), "outputs": _of_graph(sides["outputs"], len(answers.labels))}
-        _write_model(models / core, _CORE.format(model=core, platform=platform, **tensors, **common), answers.labels)
+        _write_model(models / core, _CORE.format(model=core, platform=platform, kind=kind, **tensors, **common), answers.labels)
         found[graph] = {"onnxruntime": f"{core}/{VERSION}/model.onnx"}
         if "tensorrt" in files:
             found[graph]["tensorrt"] = f"{core}/{VERSION}/model.plan"

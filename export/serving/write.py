@@ -69,7 +69,7 @@ def write_bundle(
     answers = load_answers(directory, task, facts, Tokenizer.from_file(str(directory / TOKENIZER)))
     loaded = {graph: OrtEngine(files["onnxruntime"], wide=weights == "8bit") for graph, files in engines.items()}
     signatures = {graph: engine.signature() for graph, engine in loaded.items()}
-    files = _write_engines(directory, name, task, answers, signatures, max_batch, engines)
+    files = _write_engines(directory, name, task, answers, signatures, max_batch, engines, weights)
     observed = _observe(answers, run_of(loaded), reference, golden, next(iter(engines.values()))["onnxruntime"])
     lines = [json.dumps(row.as_json(), ensure_ascii=False) for row in observed]
     (directory / GOLDEN).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -120,6 +120,7 @@ def _write_engines(
     signatures: dict[str, Any],
     max_batch: int,
     engines: dict[str, dict[str, Path]],
+    weights: Weights | None,
 ) -> dict[str, dict[str, str]]:
     """Writes the Triton repository and the engines that are not for Triton; returns {graph: {runtime: file of its engine}}."""
     repository = write_repository(
@@ -131,6 +132,7 @@ def _write_engines(
         max_batch=max_batch,
         tokenizer=directory / TOKENIZER,
         engines=engines,
+        weights=weights,
     )
     found = {graph: {runtime: f"models/{path}" for runtime, path in files.items()} for graph, files in repository.items()}
     for graph, files in engines.items():

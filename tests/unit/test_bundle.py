@@ -400,6 +400,19 @@ def test_other_engines_lie_where_their_runtime_finds_them_and_rtx_is_never_serve
     assert 'platform: "onnxruntime_onnx"' in (bundle / "models/tiny_core/config.pbtxt").read_text()
 
 
+def test_int8_onnx_runs_on_cpus_in_triton_and_all_else_where_triton_likes(bundle, tmp_path):
+    work = bundle.parent / "work"
+    (work / "plan").write_bytes(b"plan")
+    both = {"onnxruntime": work / "model.onnx", "tensorrt": work / "plan"}
+    make_bundle(tmp_path / "int8", work, weights="portable")
+    make_bundle(tmp_path / "plan", work, weights="portable", engines={"model": both})
+    kinds = [
+        (path / "models/tiny_core/config.pbtxt").read_text().partition("kind: ")[2].split()[0]
+        for path in (bundle, tmp_path / "int8", tmp_path / "plan")
+    ]
+    assert kinds == ["KIND_AUTO", "KIND_CPU", "KIND_AUTO"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
