@@ -110,8 +110,8 @@ def write_repository(
         tokenizer: tokenizer.json with truncation and padding set.
         engines: {graph: {runtime: file}}. Triton runs a TensorRT plan instead of the ONNX file, which stays beside it for other
             runtimes.
-        weights: form of int8 weights; None: the ONNX files compute with floats. Their int8 products are made for CPUs, and that is
-            where Triton runs them, on machines with GPUs too.
+        weights: form of int8 weights; None: the ONNX files compute with floats. int8 products of ONNX Runtime are made for CPUs,
+            and that is where Triton runs them, on machines with GPUs too.
 
     Returns:
         {graph: {runtime: path of its engine below `models`}}.
