@@ -3,8 +3,6 @@
 The sets are not part of this project: `--data DIR` names a directory with sst2/, mrpc/, rte/, stsb/ and clinc150/ in their own
 formats, and waimai/ for `--multilingual MODEL`. `--only NAME` measures one of them and keeps the figures of the same commit.
 
-With `--trainer`, mrpc and rte are also fine-tuned by Hugging Face's Trainer, with the same weights and settings.
-
 With `--teacher MODEL`, a larger model that was fine-tuned on SST-2, sst2 is distilled from it, on sentences of IMDb reviews too.
 """
 
@@ -12,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.figures import ROOT, Figure, figure, head, merge_result
+from benchmarks.figures import Figure, figure, head, merge_result
 from engine.errors import UserError, did_you_mean
 from engine.intervals import Interval, accuracy_interval
 
@@ -93,27 +89,6 @@ def run_stage(stage: dict[str, Any], runs: Path, name: str, seed: int = 1) -> di
     return record
 
 
-def by_trainer(case: Case, data: Path) -> Figure:
-    """Returns the accuracy on the test rows of Hugging Face's Trainer with the settings of a case and the same weights."""
-    from engine.config import package_path
-
-    settings = {
-        "--model": package_path(MODEL),
-        "--train": data / case.train,
-        "--dev": data / case.test,
-        "--epochs": case.epochs,
-        "--max-length": case.max_length,
-        "--learning-rate": case.learning_rate,
-        "--batch-size": case.batch_size,
-        "--seed": 1,
-    }
-    words = [str(word) for pair in settings.items() for word in pair]
-    words += [word for key in ("text", "text_pair") for word in ("--column", case.task[key])]
-    command = [sys.executable, "-m", "benchmarks.hf_trainer", "dynamic", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return figure(json.loads(done.stdout.splitlines()[-1])["accuracy"], "%")
-
-
 def score_of(case: Case, directory: Path, record: dict[str, Any]) -> Figure:
     """Returns the case's figure on its test rows, with an interval where single rows are right or wrong."""
     metrics = record["metrics"]["test"]
@@ -156,7 +131,6 @@ def main(argv: list[str]) -> None:
     """Measures, and writes results/finetune_quality.json."""
     parser = arguments("finetune_quality", __doc__)
     parser.add_argument("--multilingual", metavar="MODEL", help="directory of a multilingual encoder, for waimai")
-    parser.add_argument("--trainer", action="store_true", help="compare mrpc and rte with Hugging Face's Trainer")
     parser.add_argument("--teacher", metavar="MODEL", help=TEACHER_HELP)
     chosen = parser.parse_args(argv)
     data = chosen.data.resolve()
@@ -168,7 +142,4 @@ def main(argv: list[str]) -> None:
         record = run_stage(stage_of(name, case, data, model, chosen.teacher), chosen.runs, f"quality_{name}")
         score = score_of(case, chosen.runs / f"quality_{name}" / STAGE, record)
         command = f"python -m benchmarks finetune_quality --data {data.name}"
-        figures = {f"{name}_{case.metric}": score}
-        if chosen.trainer and name in ("mrpc", "rte"):
-            figures[f"{name}_trainer_accuracy"] = by_trainer(case, data)
-        print(merge_result("finetune_quality", command, head(), figures), flush=True)
+        print(merge_result("finetune_quality", command, head(), {f"{name}_{case.metric}": score}), flush=True)
