@@ -47,8 +47,11 @@ class TrainConfig(Strict):
     """`adamw_8bit` keeps its state in 8 bits (bitsandbytes, arXiv:2110.02861); not with CPU offload."""
     learning_rate: float = Field(5e-5, gt=0)
     """Peak learning rate."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape after warm-up; linear and cosine end at 0."""
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """Shape after warm-up; all but constant end at 0. wsd: constant, then down over `cooldown` (MiniCPM, arXiv:2404.06395), as 1
+    less the root of the share that is done (arXiv:2405.18392)."""
+    cooldown: Fraction = 0.2
+    """Share of all optimizer steps, the last ones, over which `wsd` falls."""
     warmup: Fraction = 0.06
     """Share of all optimizer steps spent raising the learning rate linearly; 6 % follows RoBERTa (arXiv:1907.11692)."""
     weight_decay: float = Field(0.01, ge=0)
@@ -96,6 +99,12 @@ class TrainConfig(Strict):
     def _one_length(self) -> TrainConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of train.epochs and train.steps")
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> TrainConfig:
+        if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
+            raise ValueError("train.warmup and train.cooldown are more than all steps: lower one of them")
         return self
 
     @model_validator(mode="after")

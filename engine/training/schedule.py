@@ -21,13 +21,15 @@ class Schedule:
     """Optimizer steps until the lowest weights train."""
     lowest: int = 0
     """Depth of the lowest weights, see `engine.training.tuning.depth_of`."""
+    cooldown_steps: int = 0
+    """Last optimizer steps, over which `wsd` falls."""
 
     @classmethod
     def of(cls, train: TrainConfig, steps_per_epoch: int, lowest: int = 0) -> Schedule:
         """Builds the schedule of `train` over data that give `steps_per_epoch` optimizer steps."""
         total = train.steps or max(1, math.ceil((train.epochs or 0) * steps_per_epoch))
-        unfreeze = round(train.unfreeze * total)
-        return cls(train.schedule, train.learning_rate, round(train.warmup * total), total, train.layer_decay, unfreeze, lowest)
+        warmup, unfreeze, cooldown = (round(share * total) for share in (train.warmup, train.unfreeze, train.cooldown))
+        return cls(train.schedule, train.learning_rate, warmup, total, train.layer_decay, unfreeze, lowest, cooldown)
 
     def at(self, step: int, depth: int = 0) -> float:
         """Returns the learning rate used by optimizer step `step` (0-based) for weights `depth` places below the head."""
@@ -41,5 +43,8 @@ class Schedule:
             return self.peak * (step + 1) / self.warmup_steps
         if self.shape == "constant":
             return self.peak
+        if self.shape == "wsd":
+            cooled = (step - self.total_steps + self.cooldown_steps) / max(1, self.cooldown_steps)
+            return self.peak * (1 - math.sqrt(max(0.0, cooled)))
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         return self.peak * (0.5 * (1 + math.cos(math.pi * done)) if self.shape == "cosine" else 1 - done)

@@ -1,5 +1,7 @@
 """Batch plans and packing: seekable, complete, the same for every number of ranks."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from engine.data.corpus import Corpus
 from engine.data.packing import PackedRows, pack_histogram
 from engine.errors import UserError
 from engine.randomness import generator
+from engine.training.config import TrainConfig
 from engine.training.schedule import Schedule
 
 
@@ -120,3 +123,14 @@ def test_schedules_warm_up_to_the_peak_and_end_at_nothing():
     assert linear.at(99) == pytest.approx(1 / 90)
     assert Schedule("cosine", 1.0, 0, 100).at(50) == pytest.approx(0.5)
     assert Schedule("constant", 0.3, 5, 100).at(99) == 0.3
+
+
+def test_wsd_stays_and_then_falls_to_nothing():
+    rates = [Schedule("wsd", 0.3, 10, 100, cooldown_steps=20).at(step) for step in range(101)]
+    assert rates[9:81] == [0.3] * 72
+    assert all(after < before for before, after in itertools.pairwise(rates[80:]))
+    assert rates[85] == pytest.approx(0.15), "after a quarter of it, half"
+    assert rates[100] == 0.0
+    assert Schedule("wsd", 0.3, 0, 10).at(9) == 0.3, "without a part to fall in it stays"
+    with pytest.raises(ValueError, match="more than all steps"):
+        TrainConfig(steps=10, schedule="wsd", warmup=0.5, cooldown=0.6)
