@@ -29,7 +29,7 @@ CHECKPOINTS = 5
 """Of a run; it is interrupted after one of the first three."""
 PATIENCE = 10.0
 """Seconds to wait for the end of what was killed."""
-CLOCKS = ("seconds", "tokens_per_second")
+CLOCKS = ("seconds", "tokens_per_second", "waited_share", "device_bytes")
 """What differs between two runs of the same work."""
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from engine.config import load_recipe
 from engine.stages.stage import Stage
 from launch.recipe import KINDS
+from launch.resume_check import CLOCKS
 from tests.unit.models import WORDS, tiny_classifier, tiny_tokenizer
 
 
@@ -189,5 +190,4 @@ def read_weights(directory: Path) -> dict:
 def read_history(directory: Path) -> list[dict]:
     """The records of history.jsonl without what a clock measured."""
     records = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
-    timing = ("seconds", "tokens_per_second")
-    return [{key: value for key, value in record.items() if key not in timing} for record in records]
+    return [{key: value for key, value in record.items() if key not in CLOCKS} for record in records]
