@@ -213,7 +213,7 @@ def learnt(text: Path | None, directory: Path) -> Path:
         stage: Stage[PretrainConfig] = Stage(load_recipe(path, [], directory), "base", PretrainConfig)
         rows = read_rows(stage.config.data.train, stage.recipe, {"text": text_cell})
         texts = [str(row["text"]) for row, _ in zip(rows, range(20_000), strict=False)]
-        learn_tokenizer("wordpiece", iter(texts), VOCABULARY, True, place)
+        learn_tokenizer("wordpiece", lambda: iter(texts), VOCABULARY, True, place)
         (place / "config.json").write_text('{"model_type": "bert"}')
     return place
 

@@ -153,12 +153,12 @@ def launch(
 
 
 def write_tokenizer(recipe: Path) -> list[str]:
-    """Learns one vocabulary for all runs (learning it twice may order it otherwise); returns the overrides that name it."""
+    """Learns one vocabulary for all runs; returns the overrides that name it."""
     from engine.data.vocabulary import learn_tokenizer
 
     directory = recipe.parent / "tokenizer"
     lines = (recipe.parent / "rows.jsonl").read_text().splitlines()
-    learn_tokenizer("wordpiece", (json.loads(line)["text"] for line in lines), VOCABULARY, True, directory)
+    learn_tokenizer("wordpiece", lambda: (json.loads(line)["text"] for line in lines), VOCABULARY, True, directory)
     (directory / "config.json").write_text('{"model_type": "bert"}')
     return ["base.tokenizer=tokenizer"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -237,11 +238,14 @@ def _tokenizer_directory(stage: Stage[PretrainConfig]) -> Path | str:
     if not directory.exists():
         from engine.data.vocabulary import learn_tokenizer
 
-        rows = read_rows(stage.config.data.train, stage.recipe, {stage.config.text: text_cell})
-        texts = (str(row[stage.config.text]) for row in rows)
         new = config.train
+
+        def texts() -> Iterator[str]:
+            rows = read_rows(stage.config.data.train, stage.recipe, {stage.config.text: text_cell})
+            return (str(row[stage.config.text]) for row in itertools.islice(rows, new.documents))
+
         lowercase = new.type == "wordpiece" if new.lowercase is None else new.lowercase
-        learn_tokenizer(new.type, itertools.islice(texts, new.documents), new.vocab_size, lowercase, directory)
+        learn_tokenizer(new.type, texts, new.vocab_size, lowercase, directory)
     return directory
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,18 @@ SPECIAL_TOKENS = {
 """Kind of vocabulary → the special tokens that its tokenizer has."""
 
 
-def learn_tokenizer(kind: str, texts: Iterator[str], vocab_size: int, lowercase: bool, directory: Path) -> None:
-    """Learns a vocabulary and writes it as a tokenizer directory, complete or absent.
+Texts = Callable[[], Iterator[str]]
+"""Reads the documents from the beginning."""
+ALPHABET = 1000
+"""Characters that a WordPiece vocabulary has of its own, the most frequent ones."""
+
+
+def learn_tokenizer(kind: str, texts: Texts, vocab_size: int, lowercase: bool, directory: Path) -> None:
+    """Learns a vocabulary and writes it as a tokenizer directory, complete or absent. The same texts give the same vocabulary.
 
     Args:
         kind: `wordpiece`, as BERT has it (arXiv:1609.08144), or `bpe` on bytes, as GPT-2 has it, with RoBERTa's special tokens.
-        texts: one document each.
+        texts: one document each; they are read twice.
         vocab_size: largest vocabulary, special tokens included.
         lowercase: fold case; WordPiece then strips accents, too.
         directory: where the tokenizer goes.
@@ -37,18 +44,37 @@ def learn_tokenizer(kind: str, texts: Iterator[str], vocab_size: int, lowercase:
     publish(part, directory)
 
 
-def _wordpiece(texts: Iterator[str], vocab_size: int, lowercase: bool, directory: Path) -> PreTrainedTokenizerBase:
+def _wordpiece(texts: Texts, vocab_size: int, lowercase: bool, directory: Path) -> PreTrainedTokenizerBase:
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizer
 
     learner = BertWordPieceTokenizer(lowercase=lowercase)
-    learner.train_from_iterator(texts, vocab_size=vocab_size, show_progress=False)
+    first: Counter[str] = Counter()
+    later: Counter[str] = Counter()
+    for text in texts():
+        for word, _ in learner.pre_tokenizer.pre_tokenize_str(learner.normalizer.normalize_str(text)):
+            first[word[0]] += 1
+            later.update(word[1:])
+    kept = sorted((first + later).items(), key=lambda pair: (-pair[1], pair[0]))[:ALPHABET]
+    alphabet = sorted(character for character, _ in kept)
+    # The learner numbers what goes on with a word as it comes upon it, in an order that changes from run to run, and prefers the
+    # smaller number where two merges are as good. What is named before has its number.
+    inner = [f"##{character}" for character in alphabet if later[character]]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    learner.train_from_iterator(
+        texts(),
+        vocab_size=vocab_size,
+        show_progress=False,
+        special_tokens=[*special, *inner],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+    )
     learner.save_model(str(directory))
     tokenizer: Any = BertTokenizer(vocab=str(directory / "vocab.txt"), do_lower_case=lowercase)
     return tokenizer
 
 
-def _bpe(texts: Iterator[str], vocab_size: int, lowercase: bool, directory: Path) -> PreTrainedTokenizerBase:
+def _bpe(texts: Texts, vocab_size: int, lowercase: bool, directory: Path) -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -61,7 +87,7 @@ def _bpe(texts: Iterator[str], vocab_size: int, lowercase: bool, directory: Path
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=list(names.values()), initial_alphabet=alphabet, show_progress=False
     )
-    inside.train_from_iterator(texts, trainer)
+    inside.train_from_iterator(texts(), trainer)
     ends = [(token, inside.token_to_id(token)) for token in (names["bos_token"], names["eos_token"])]
     inside.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=ends

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from engine.config import load_recipe
+from engine.data.vocabulary import learn_tokenizer
 from engine.errors import UserError
 from engine.models import load_tokenizer
 from engine.objectives.mlm import Objective
@@ -82,3 +84,26 @@ def test_a_special_token_that_only_the_loaded_tokenizer_shows_to_be_missing_is_n
     assert missing
     with pytest.raises(UserError, match=f"words: this tokenizer has no {', '.join(missing)}, which"):
         Objective.require(load_tokenizer(tmp_path / "words"))
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_the_same_texts_give_the_same_vocabulary(tmp_path, kind):
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghij"), rng.integers(2, 8))) for _ in range(400)]  # many merges are as good
+    texts = [" ".join(rng.choice(words, 30)) for _ in range(200)]
+    found = []
+    for turn in range(4):
+        learn_tokenizer(kind, lambda: iter(texts), 600, True, tmp_path / f"{turn}")
+        found.append(load_tokenizer(tmp_path / f"{turn}").get_vocab())
+    assert all(vocabulary == found[0] for vocabulary in found)
+    assert 500 < len(found[0]) <= 600
+
+
+def test_a_word_piece_vocabulary_has_every_character_in_each_of_its_places(tmp_path):
+    learn_tokenizer("wordpiece", lambda: iter(["ab abc", "Äb c"]), 100, True, tmp_path / "words")
+    tokenizer = load_tokenizer(tmp_path / "words")
+    vocabulary = tokenizer.get_vocab()
+    assert {"a", "b", "c", "##b", "##c"} <= vocabulary.keys()
+    assert "##a" not in vocabulary
+    assert tokenizer.convert_tokens_to_ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]) == [0, 1, 2, 3, 4]
+    assert tokenizer.tokenize("##b") == ["[UNK]", "[UNK]", "b"], "a piece is no special token that a text could name"
