@@ -31,7 +31,7 @@ def learn_tokenizer(kind: str, texts: Texts, vocab_size: int, lowercase: bool, d
 
     Args:
         kind: `wordpiece`, as BERT has it (arXiv:1609.08144), or `bpe` on bytes, as GPT-2 has it, with RoBERTa's special tokens.
-        texts: one document each; they are read twice.
+        texts: one document each; they are read up to three times.
         vocab_size: largest vocabulary, special tokens included.
         lowercase: fold case; WordPiece then strips accents, too.
         directory: where the tokenizer goes.
@@ -49,17 +49,16 @@ def _wordpiece(texts: Texts, vocab_size: int, lowercase: bool, directory: Path) 
     from transformers import BertTokenizer
 
     learner = BertWordPieceTokenizer(lowercase=lowercase)
-    first: Counter[str] = Counter()
-    later: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for text in texts():
-        for word, _ in learner.pre_tokenizer.pre_tokenize_str(learner.normalizer.normalize_str(text)):
-            first[word[0]] += 1
-            later.update(word[1:])
-    kept = sorted((first + later).items(), key=lambda pair: (-pair[1], pair[0]))[:ALPHABET]
-    alphabet = sorted(character for character, _ in kept)
-    # The learner numbers what goes on with a word as it comes upon it, in an order that changes from run to run, and prefers the
-    # smaller number where two merges are as good. What is named before has its number.
-    inner = [f"##{character}" for character in alphabet if later[character]]
+        counts.update(learner.normalizer.normalize_str(text))
+    written = sorted((one for one in counts if not one.isspace()), key=lambda one: (-counts[one], one))
+    alphabet = sorted(written[:ALPHABET])
+    # Learning nothing beyond the characters shows which of them go on with a word.
+    learner.train_from_iterator(texts(), vocab_size=1, limit_alphabet=len(written), show_progress=False)
+    # The learner numbers those as it comes upon them, in an order that changes from run to run, and prefers the smaller number
+    # where two merges are as good. What is named before has its number.
+    inner = sorted({f"##{character}" for character in alphabet} & learner.get_vocab().keys())
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     learner.train_from_iterator(
         texts(),
