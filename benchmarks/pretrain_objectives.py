@@ -58,6 +58,7 @@ CASES = {
     "roberta_mlm": Case("roberta", {"type": "mlm"}, BPE),
     "modernbert_mlm30": Case("modernbert", {"type": "mlm", "mask": 0.3}, BPE),
     "gpt2_clm": Case("gpt2", {"type": "clm"}, BPE),
+    "xlnet_plm": Case("xlnet", {"type": "plm"}, WORDPIECE),
     "llama_clm": Case("llama", {"type": "clm"}, BPE),
 }
 

@@ -16,7 +16,7 @@ from engine.data.splits import DataConfig
 from engine.data.vocabulary import SPECIAL_TOKENS
 from engine.errors import UserError
 from engine.models import ScratchConfig
-from engine.models.families import HEADS, require
+from engine.models.families import require
 from engine.objectives import AnyObjective, default_objective, objective_class
 from engine.stages import heartbeat
 from engine.stages.stage import Stage, stage_main
@@ -25,6 +25,7 @@ from engine.training.config import Trained
 if TYPE_CHECKING:
     from engine.data.corpus import Corpus
     from engine.data.packed import PackedBatches
+    from engine.objectives import Objective
     from engine.training.processes import Processes
 
 
@@ -98,10 +99,9 @@ class PretrainConfig(Trained):
             missing = [name for name in chosen.special_tokens if name not in SPECIAL_TOKENS[kind]]
             if missing:
                 raise ValueError(f"tokenizer.train: {kind} has no {', '.join(missing)}, which {chosen.says} needs: set type: bpe")
-        operation = HEADS.get(chosen.head)
-        if self.shape is not None and operation is not None:
+        if self.shape is not None and chosen.operation is not None:
             try:
-                require(self.shape.family, operation)
+                require(self.shape.family, chosen.operation)
             except UserError as error:
                 raise ValueError(f"objective: {error}") from None
         return self
@@ -143,7 +143,7 @@ def run(stage: Stage[PretrainConfig]) -> None:
         chosen.require(tokenizer)
         training, validation = _corpora(stage, tokenizer, chosen.sentences)
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
-    model, changes, new = _model(stage, chosen.head, tokenizer)
+    model, changes, new = _model(stage, chosen, tokenizer)
     chosen.adapt(model)
     objective = chosen.of_tokenizer(config.objective, tokenizer)
     if new:
@@ -200,17 +200,19 @@ def _publish(
     processes.barrier()
 
 
-def _model(stage: Stage[PretrainConfig], head: str, tokenizer: Any) -> tuple[Any, list[str], bool]:
+def _model(stage: Stage[PretrainConfig], chosen: type[Objective], tokenizer: Any) -> tuple[Any, list[str], bool]:
     """Returns (the model, what was changed in one that goes on learning, whether what scores the vocabulary is new)."""
-    from engine.models import build_model, has_head, load_model, positions_of, special_ids
+    from engine.models import build_model, has_head, load_model, positions_of, read_config, special_ids
     from engine.models.fitting import fit_tokenizer
 
     shape, reference = stage.config.shape, stage.config.model
     if shape is not None:
-        return build_model(shape, head, rounded(len(tokenizer)), special_ids(tokenizer)), [], True
+        return build_model(shape, chosen.head, rounded(len(tokenizer)), special_ids(tokenizer)), [], True
     assert isinstance(reference, ModelRef)
     path = stage.recipe.find_model(reference)
-    model = load_model(path, head, settings={})
+    if chosen.operation is not None:
+        require(read_config(path).model_type, chosen.operation)
+    model = load_model(path, chosen.head, settings={})
     positions = positions_of(model.config.to_dict())
     if positions is not None and stage.config.sequence_length > positions:
         raise UserError(f"sequence_length={stage.config.sequence_length} is above the {positions} positions of '{reference}'")

@@ -48,10 +48,9 @@ def check_families(recipe: Recipe, stage: Stage[Any]) -> None:
 def _asked(stage: Stage[Any]) -> Iterator[tuple[str, ModelRef, str]]:
     """Yields (key, model, operation) of everything that the family table may refuse."""
     config = stage.config
-    head = task_class(config.task).head if hasattr(config, "task") else None
+    operation = HEADS.get(task_class(config.task).head) if hasattr(config, "task") else None
     if stage.kind == "pretrain":
-        head = objective_class(config.objective).head
-    operation = HEADS.get(head or "")
+        operation = objective_class(config.objective).operation
     if operation is not None:
         models = [
             (key, reference)

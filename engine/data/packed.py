@@ -37,12 +37,12 @@ class PackedBatches:
         self.corpus, self.objective, self.length, self.seed = corpus, objective, length, seed
         self.pad = tokenizer.pad_token_id
         self.frame = objective.frame(tokenizer)
-        around = [token is not None for token in (self.frame.before, self.frame.after)]
+        around = np.asarray([len(self.frame.before), len(self.frame.after)])
         self.between = [] if self.frame.between is None else [self.frame.between]
-        self.windows = corpus.windows(length - sum(around) - len(self.between))
-        # Where each piece has the token before it, and the one behind it.
-        self.framed = np.broadcast_to(around, self.windows.shape) & (self.frame.pieces | corpus.borders(self.windows))
-        lengths = self.windows[:, 1] - self.windows[:, 0] + self.framed.sum(axis=1) + len(self.between)
+        self.windows = corpus.windows(length - around.sum() - len(self.between))
+        # Whether what stands before a text stands before each piece, and what stands behind it behind it.
+        self.framed = np.full(self.windows.shape, True) & (self.frame.pieces | corpus.borders(self.windows))
+        lengths = self.windows[:, 1] - self.windows[:, 0] + self.framed @ around + len(self.between)
         self.packed = PackedRows(lengths, length, seed)
         self.plan = BatchPlan(np.full(len(self.packed), length), batch_size, seed, bucket=False)
         self.steps_per_epoch = self.plan.steps_per_epoch
@@ -61,7 +61,7 @@ class PackedBatches:
 
         first, last = (int(place) for place in self.windows[number])
         ends = zip((self.frame.before, self.frame.after), self.framed[number], strict=True)
-        before, after = ([token] if there and token is not None else [] for token, there in ends)
+        before, after = (list(tokens) if there else [] for tokens, there in ends)
         sentences = self.corpus.sentences_in(first, last) - first
         elsewhere = functools.partial(self.corpus.elsewhere, first)
         return Piece(before, self.corpus.tokens[first:last], after, self.between, sentences, elsewhere)

@@ -46,8 +46,8 @@ class ScratchConfig(Strict):
 
     @model_validator(mode="after")
     def _takes_packed_rows(self) -> ScratchConfig:
-        if not family_of(self.family).packed:
-            known = ", ".join(name for name, row in FAMILIES.items() if row.packed)
+        if not family_of(self.family).pretrains:
+            known = ", ".join(name for name, row in FAMILIES.items() if row.pretrains)
             raise ValueError(f"family: models of type '{self.family}' take no packed rows: pretraining builds {known}")
         return self
 
@@ -97,16 +97,19 @@ def build_model(
         "hidden_size": shape.hidden,
         "num_attention_heads": shape.heads,
         family.neurons: shape.intermediate or 4 * shape.hidden,
-        "max_position_embeddings": shape.positions + (family.positions == "after padding") * ((ids["pad_token_id"] or 0) + 1),
     }
+    if family.positions != "relative":
+        unused = ((ids["pad_token_id"] or 0) + 1) if family.positions == "after padding" else 0
+        sizes["max_position_embeddings"] = shape.positions + unused
     # What would else be that of the family's published size: as many heads of keys, as wide as the others, no narrower table.
     own = {
         "num_key_value_heads": shape.heads,
-        "head_dim": shape.hidden // shape.heads,
+        **dict.fromkeys(("head_dim", "d_head"), shape.hidden // shape.heads),
         **{key: shape.hidden for key in family.as_wide},
     }
     sizes |= {key: value for key, value in own.items() if getattr(defaults, key, None) is not None}
     sizes |= {key: value for key, value in ids.items() if key == "pad_token_id" or getattr(defaults, key, None) is not None}
+    sizes = {defaults.attribute_map.get(key, key): value for key, value in sizes.items()}  # some look at them at once
     config = AutoConfig.for_model(shape.family, vocab_size=vocab_size, **sizes)
     return _auto_class(head).from_config(config, attn_implementation=attention or default_attention())
 

@@ -57,6 +57,31 @@ def packed_inputs(model: Any, segments_BL: torch.Tensor, positions_BL: torch.Ten
     return {"attention_mask": masks if len(masks) > 1 else masks.popitem()[1], "position_ids": positions_BL + offset}
 
 
+def permuted_inputs(
+    segments_BL: torch.Tensor, order_BL: torch.Tensor, targets_BM: torch.Tensor, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Returns perm_mask and target_mapping, as a family with two streams of attention takes them (XLNet, arXiv:1906.08237).
+
+    A token sees the context in its own document, and, where it is predicted, what stands before it in the order. Its content, but
+    not the query that predicts it, sees itself. Places are relative to one another, so that packed documents need none.
+
+    Args:
+        segments_BL: see `packed_mask`.
+        order_BL: place of each predicted token in the order, below 0 for context, shape (B, L).
+        targets_BM: places of the tokens that are predicted, shape (B, M).
+        dtype: of the hidden states.
+
+    Returns:
+        perm_mask, shape (B, L, L), 1 where the second token is hidden from the first; target_mapping, shape (B, M, L), one-hot.
+    """
+    other = segments_BL[:, :, None] != segments_BL[:, None, :]
+    later = (order_BL[:, None, :] >= 0) & (order_BL[:, None, :] >= order_BL[:, :, None])
+    return {
+        "perm_mask": (other | later).to(dtype),
+        "target_mapping": torch.nn.functional.one_hot(targets_BM, segments_BL.shape[1]).to(dtype),
+    }
+
+
 def vocabulary_scores(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Returns the scores of the vocabulary, shape (…, V), for hidden states of shape (…, H)."""
     for name in family_of(model.config.model_type).vocabulary_head:

@@ -24,6 +24,7 @@ OPERATIONS = {
     "masked": "cannot be pretrained to predict masked tokens",
     "next": "cannot be pretrained to predict the next token",
     "pairs": "cannot be pretrained to judge pairs of texts",
+    "permuted": "cannot be pretrained to predict tokens in any order",
     "layers": "cannot be given fewer layers",
     "heads": "cannot lose attention heads",
     "neurons": "cannot lose FFN neurons",
@@ -37,11 +38,8 @@ HEADS = {
     "AutoModelForSequenceClassification": "classes",
     "AutoModelForTokenClassification": "tags",
     "AutoModelForQuestionAnswering": "spans",
-    "AutoModelForMaskedLM": "masked",
-    "AutoModelForCausalLM": "next",
-    "AutoModelForPreTraining": "pairs",
 }
-"""Class of transformers that gives a model its head → the operation that needs it."""
+"""Class of transformers that gives a model a task's head → the operation that needs it."""
 PRETRAINED = {"masked": False, "next": True, "pairs": False}
 """Operations that need packed rows, and whether a token then sees those before it alone."""
 LAYERED = ("layers", "heads", "neurons", "attention", "ffn")
@@ -138,12 +136,19 @@ class Family:
     """From the model: what scores the vocabulary, one module behind the other; the first takes hidden states."""
     pair_head: tuple[str, ...] = ()
     """From the model: what scores a pair of texts, one module behind the other; the first takes the first token's state."""
+    two_streams: bool = False
+    """Takes an order in which tokens are predicted: perm_mask and target_mapping, and no positions."""
     causal: bool = False
     """A token sees those before it alone."""
     windowed: bool = False
     """All of its layers have the window that config.json may name."""
     cannot: Mapping[str, str] = field(default_factory=dict)
     """Operation (see OPERATIONS) → why not."""
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether an objective has rows for it, several documents in each, so that a new model can learn something."""
+        return self.packed or self.two_streams
 
     def why_not(self, operation: str) -> str | None:
         """Returns why an operation of OPERATIONS cannot be done, None where it can."""
@@ -153,6 +158,8 @@ class Family:
             )
         if operation == "pairs" and not self.pair_head:
             return self.cannot.get(operation, "transformers has no head for that")
+        if operation == "permuted" and not self.two_streams:
+            return self.cannot.get(operation, "they have no second stream of attention")
         if operation in LAYERED and not self.stacks:
             return self.cannot.get(operation, "where their layers lie is not known (docs/models.md lists the families)")
         return self.cannot.get(operation)
@@ -361,9 +368,12 @@ FAMILIES = {
     "xlnet": Family(
         (_XLNET,),
         hidden="d_model",
+        neurons="d_inner",
         positions="relative",
         pooled="last",
         float_mask=True,
+        vocabulary_head=("lm_loss",),
+        two_streams=True,
         cannot=dict.fromkeys(("heads", "attention"), "query, key, value and output are bare parameters"),
     ),
 }

@@ -42,8 +42,8 @@ class ObjectiveConfig(Strict):
 class Frame(NamedTuple):
     """The special tokens that stand around what a packed row holds."""
 
-    before: int | None
-    after: int | None
+    before: tuple[int, ...]
+    after: tuple[int, ...]
     pieces: bool = True
     """They stand around every piece that a document was cut into, not around the document alone."""
     between: int | None = None
@@ -51,7 +51,7 @@ class Frame(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A part of a document that fits a packed row, and what its frame puts around it: lists of at most one token."""
+    """A part of a document that fits a packed row, and what its frame puts around it: lists of tokens."""
 
     before: list[int]
     tokens: np.ndarray
@@ -68,6 +68,8 @@ class Objective(abc.ABC):
 
     head: ClassVar[str]
     """The class of transformers with the heads that it trains, as in AutoModelForMaskedLM."""
+    operation: ClassVar[str | None] = None
+    """What its families must be able to do, of engine.models.families.OPERATIONS; None: any architecture may do."""
     says: ClassVar[str]
     """The objective in words."""
     special_tokens: ClassVar[tuple[str, ...]]
@@ -95,7 +97,7 @@ class Objective(abc.ABC):
     @classmethod
     def frame(cls, tokenizer: Any) -> Frame:
         """Returns what stands around the tokens of a document, as an encoder's tokenizer has it."""
-        return Frame(tokenizer.cls_token_id, tokenizer.sep_token_id)
+        return Frame((tokenizer.cls_token_id,), (tokenizer.sep_token_id,))
 
     def arrange(self, piece: Piece, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Returns the tokens of a piece with their frame, shape (L,), and columns that `corrupt` does not give."""

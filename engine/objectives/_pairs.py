@@ -27,13 +27,14 @@ class Objective(mlm.Objective):
     """
 
     head = "AutoModelForPreTraining"
+    operation = "pairs"
     sentences = True
     columns = {**mlm.Objective.columns, "token_type_ids": 0, "pair_labels": IGNORED, "pair_tokens": 0}
 
     @classmethod
     def frame(cls, tokenizer: Any) -> Frame:
         """Returns what stands around a pair, and between its parts."""
-        return Frame(tokenizer.cls_token_id, tokenizer.sep_token_id, between=tokenizer.sep_token_id)
+        return Frame((tokenizer.cls_token_id,), (tokenizer.sep_token_id,), between=tokenizer.sep_token_id)
 
     @abc.abstractmethod
     def changed(

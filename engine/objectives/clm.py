@@ -23,6 +23,7 @@ class Objective(_tokens.Objective):
     """Every token of a document is predicted from those before it, and so is its end."""
 
     head = "AutoModelForCausalLM"
+    operation = "next"
     says = "next-token prediction"
     special_tokens = ("eos_token",)
 
@@ -34,7 +35,7 @@ class Objective(_tokens.Objective):
     def frame(cls, tokenizer: Any) -> Frame:
         """Returns that of whole documents: where one is cut, nothing begins or ends."""
         begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        return Frame(begin, tokenizer.eos_token_id, pieces=False)
+        return Frame((begin,), (tokenizer.eos_token_id,), pieces=False)
 
     def corrupt(self, tokens_L: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns input_ids, which are the tokens, and labels, those behind each of them; the last has none."""

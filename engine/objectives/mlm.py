@@ -60,6 +60,7 @@ class Objective(_tokens.Objective):
     """
 
     head = "AutoModelForMaskedLM"
+    operation = "masked"
     says = "masked language modelling"
     special_tokens = ("cls_token", "sep_token", "pad_token", "mask_token")
 

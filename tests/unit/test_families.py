@@ -21,6 +21,7 @@ COLUMNS = (
     "masked",
     "next",
     "pairs",
+    "permuted",
     "layers",
     "heads",
     "neurons",

@@ -53,6 +53,7 @@ def run_all(recipe, stages, runs):
 
 CASES = {"gpt2": ("clm", AutoModelForCausalLM), "llama": ("clm", AutoModelForCausalLM), "roberta": ("mlm", AutoModelForMaskedLM)}
 CASES |= {"bert": ("nsp", AutoModelForPreTraining), "albert": ("sop", AutoModelForPreTraining)}
+CASES |= {"xlnet": ("plm", AutoModelForCausalLM)}
 CASES |= {"modernbert": ("mlm", AutoModelForMaskedLM), "electra": ("mlm", AutoModelForMaskedLM)}
 
 
@@ -116,6 +117,11 @@ def test_a_body_alone_gets_a_head_that_knows_the_frequencies_and_says_so(tmp_pat
 REFUSED = {
     "objective": ({"base": new_model("gpt2", "mlm")}, "models of type 'gpt2' cannot be pretrained to predict masked tokens"),
     "pairs": ({"base": new_model("roberta", "nsp")}, "models of type 'roberta' cannot be pretrained to judge pairs of texts"),
+    "order": (
+        {"base": new_model("bert", "plm")},
+        "models of type 'bert' cannot be pretrained to predict tokens in any order: they have no second stream of attention",
+    ),
+    "streams": ({"base": new_model("xlnet", "clm")}, "models of type 'xlnet' cannot be pretrained to predict the next token"),
     "family": ({"base": new_model("bert", "clm")}, "models of type 'bert' cannot be pretrained to predict the next token"),
     "end": (
         {"base": new_model("gpt2", "clm", {"train": {"vocab_size": 300}})},
