@@ -51,17 +51,29 @@ class NewTokenizer(Strict):
         return self
 
 
+class ExtendTokenizer(Strict):
+    """Words that the vocabulary of a model that goes on learning gets: each begins as the mean of its pieces."""
+
+    words: Annotated[int, Field(ge=1)] | Annotated[list[str], Field(min_length=1)]
+    """So many, those that save the most tokens in the training texts; or a list of them."""
+    documents: int | None = Field(None, ge=1)
+    """Count in this many documents only, from the top."""
+
+
 class TokenizerConfig(Strict):
-    """The tokenizer of a pretrained model: taken from a model, or learnt. A bare string stands for `model`."""
+    """The tokenizer of a pretrained model: taken from a model, learnt, or its own with more words. A bare string stands for
+    `model`."""
 
     model: TokenizerRef | None = None
     """A stage, a hub id, or a directory with tokenizer.json and tokenizer_config.json; no model is needed in it."""
     train: NewTokenizer | None = None
+    extend: ExtendTokenizer | None = None
+    """Of a model that goes on learning."""
 
     @model_validator(mode="after")
-    def _one_of_both(self) -> TokenizerConfig:
-        if (self.model is None) == (self.train is None):
-            raise ValueError("tokenizer needs exactly one of model and train")
+    def _one_of_them(self) -> TokenizerConfig:
+        if sum(part is not None for part in (self.model, self.train, self.extend)) != 1:
+            raise ValueError("tokenizer needs exactly one of model and train, or extend where a model goes on learning")
         return self
 
 
@@ -73,7 +85,7 @@ class PretrainConfig(Trained):
     tokenizer: (
         Annotated[TokenizerConfig, BeforeValidator(lambda value: {"model": value} if isinstance(value, str) else value)] | None
     ) = None
-    """Of a new model; one that goes on learning keeps its own."""
+    """Of a new model; one that goes on learning keeps its own, or extends it."""
     objective: AnyObjective = Field(default_factory=default_objective)
     """What is learnt; without a `type` masked language modelling."""
     data: DataConfig
@@ -89,8 +101,11 @@ class PretrainConfig(Trained):
 
     @model_validator(mode="after")
     def _new_or_not(self) -> PretrainConfig:
-        if self.shape is None and self.tokenizer is not None:
-            raise ValueError("tokenizer: a model that goes on learning keeps its own: leave it out")
+        extend = None if self.tokenizer is None else self.tokenizer.extend
+        if self.shape is None and self.tokenizer is not None and extend is None:
+            raise ValueError("tokenizer: a model that goes on learning keeps its own: leave it out, or say extend: {words: 500}")
+        if self.shape is not None and extend is not None:
+            raise ValueError("tokenizer.extend: a new model learns its vocabulary: say train: {vocab_size: 8192}")
         if self.shape is not None and self.tokenizer is None:
             raise ValueError("tokenizer: a new model needs one: name a model's, or `train: {vocab_size: 8192}`")
         chosen = objective_class(self.objective)
@@ -202,8 +217,8 @@ def _publish(
 
 def _model(stage: Stage[PretrainConfig], chosen: type[Objective], tokenizer: Any) -> tuple[Any, list[str], bool]:
     """Returns (the model, what was changed in one that goes on learning, whether what scores the vocabulary is new)."""
-    from engine.models import build_model, has_head, load_model, positions_of, read_config, special_ids
-    from engine.models.fitting import fit_tokenizer
+    from engine.models import build_model, has_head, load_model, load_tokenizer, positions_of, read_config, special_ids
+    from engine.models.fitting import fit_new_words, fit_tokenizer
 
     shape, reference = stage.config.shape, stage.config.model
     if shape is not None:
@@ -218,7 +233,11 @@ def _model(stage: Stage[PretrainConfig], chosen: type[Objective], tokenizer: Any
         raise UserError(f"sequence_length={stage.config.sequence_length} is above the {positions} positions of '{reference}'")
     new = not has_head(model, path)
     said = [f"'{reference}' has nothing that scores the vocabulary: it begins at random"] if new else []
-    return model, [*said, *fit_tokenizer(model, tokenizer)], new
+    said += fit_tokenizer(model, tokenizer)
+    if stage.config.tokenizer is not None:
+        fit_new_words(model, tokenizer, load_tokenizer(path))
+        said.append("those of the words that were added begin as the mean of their pieces")
+    return model, said, new
 
 
 def rounded(vocabulary: int) -> int:
@@ -227,27 +246,35 @@ def rounded(vocabulary: int) -> int:
 
 
 def _tokenizer_directory(stage: Stage[PretrainConfig]) -> Path | str:
-    """Returns where the tokenizer lies, learning it first when the recipe says so."""
+    """Returns where the tokenizer lies, learning it or words for it first when the recipe says so."""
     from engine.data.cells import text_cell
     from engine.data.sources import read_rows
+    from engine.data.vocabulary import extend_tokenizer, learn_tokenizer
+    from engine.models import load_tokenizer
 
     config = stage.config.tokenizer
     reference = stage.config.model if config is None else config.model
     if isinstance(reference, ModelRef):
         return stage.recipe.find_model(reference)
-    assert config is not None and config.train is not None
+    assert config is not None
     directory = stage.partial / "tokenizer"
-    if not directory.exists():
-        from engine.data.vocabulary import learn_tokenizer
+    if directory.exists():
+        return directory
 
+    def texts(documents: int | None) -> Iterator[str]:
+        rows = read_rows(stage.config.data.train, stage.recipe, {stage.config.text: text_cell})
+        return (str(row[stage.config.text]) for row in itertools.islice(rows, documents))
+
+    if config.train is not None:
         new = config.train
-
-        def texts() -> Iterator[str]:
-            rows = read_rows(stage.config.data.train, stage.recipe, {stage.config.text: text_cell})
-            return (str(row[stage.config.text]) for row in itertools.islice(rows, new.documents))
-
         lowercase = new.type == "wordpiece" if new.lowercase is None else new.lowercase
-        learn_tokenizer(new.type, texts, new.vocab_size, lowercase, directory)
+        learn_tokenizer(new.type, lambda: texts(new.documents), new.vocab_size, lowercase, directory)
+    elif config.extend is not None:
+        more = config.extend
+        assert isinstance(stage.config.model, ModelRef)
+        own = load_tokenizer(stage.recipe.find_model(stage.config.model))
+        note = extend_tokenizer(own, lambda: texts(more.documents), more.words, directory)
+        print(f"  {note}", flush=True)
     return directory
 
 

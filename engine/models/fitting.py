@@ -155,6 +155,26 @@ def fit_tokenizer(model: Any, tokenizer: Any) -> list[str]:
     return [grown, *fit_padding(model, tokenizer)]
 
 
+def fit_new_words(model: Any, tokenizer: Any, before: Any) -> None:
+    """Lets tokens that a vocabulary was extended by begin as the mean of what they were before, in place.
+
+    Args:
+        model: with a row for every token.
+        tokenizer: knows the new tokens.
+        before: the tokenizer that the model came with.
+    """
+    old, split = before.get_vocab(), before.backend_tokenizer.model.tokenize
+    new = {number: [piece.id for piece in split(word)] for word, number in tokenizer.get_vocab().items() if word not in old}
+    output = model.get_output_embeddings()
+    tables = {
+        id(table): table for table in (model.get_input_embeddings().weight, output.weight, output.bias) if table is not None
+    }
+    with torch.no_grad():
+        for table in tables.values():
+            for number, pieces in new.items():
+                table[number] = table[pieces].mean(dim=0)
+
+
 def embeddings(model: Any, tokenizer: Any) -> tuple[int, int]:
     """Returns (token ids that have an embedding, token ids that the tokenizer may give)."""
     return model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1

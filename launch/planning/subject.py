@@ -69,14 +69,31 @@ def _adapted(build: Build, objective: type[Objective]) -> Build:
 
 def _new_model(recipe: Recipe, config: PretrainConfig, attention: str, head: str) -> Build:
     if isinstance(config.model, ModelRef):
-        return _fine_tuned(recipe, config.model, head, attention, [])
+        build = _fine_tuned(recipe, config.model, head, attention, [])
+        return build if config.tokenizer is None else _extended(build, _vocabulary(recipe, config))
     shape, vocabulary = config.model, rounded(_vocabulary(recipe, config))
     return lambda: build_model(shape, head, vocabulary, {"pad_token_id": 0}, attention)
+
+
+def _extended(build: Build, vocabulary: int) -> Build:
+    """Returns a model with a row for each token, if it has not as many already."""
+
+    def changed() -> Any:
+        model = build()
+        if vocabulary > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        return model
+
+    return changed
 
 
 def _vocabulary(recipe: Recipe, config: PretrainConfig) -> int:
     if config.tokenizer is not None and config.tokenizer.train:
         return config.tokenizer.train.vocab_size
+    extend = None if config.tokenizer is None else config.tokenizer.extend
+    if extend is not None:
+        own = config.model_copy(update={"tokenizer": None})
+        return _vocabulary(recipe, own) + (extend.words if isinstance(extend.words, int) else len(extend.words))
     reference = config.model if config.tokenizer is None else config.tokenizer.model
     assert isinstance(reference, ModelRef)
     if reference in recipe.stages and read_stage(recipe.directory(reference)) is None:

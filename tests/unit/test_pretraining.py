@@ -135,6 +135,10 @@ REFUSED = {
         {"base": {"pretrain": pretrain_section(model="model")}},
         "tokenizer: a model that goes on learning keeps its own",
     ),
+    "extended": (
+        {"base": new_model("bert", "mlm", {"extend": {"words": 5}})},
+        "tokenizer.extend: a new model learns its vocabulary: say train",
+    ),
     "none": ({"base": going_on(SHAPE)}, "tokenizer: a new model needs one"),
     "long": ({"base": going_on("model", sequence_length=500)}, "sequence_length=500 is above the 64 positions of model"),
     "kind": (
