@@ -174,6 +174,7 @@ def run(stage: Stage[PretrainConfig]) -> None:
         f"training {training.describe}",
         f"held out {validation.describe}",
         *changes,
+        *objective.remarks(training),
     ):
         fit.tracker.say(note)
     state = fit.run()

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from engine.errors import UserError
 from engine.stages.stage import publish
 
@@ -24,8 +26,9 @@ SPECIAL_TOKENS = {
 
 Texts = Callable[[], Iterator[str]]
 """Reads the documents from the beginning."""
-ALPHABET = 1000
-"""Characters that a WordPiece vocabulary has of its own, the most frequent ones."""
+ALPHABET, COVERAGE = 1000, 0.9995
+"""A WordPiece vocabulary has so many characters, the most frequent ones; more where it takes them to write this share of the
+texts, as of Chinese (SentencePiece's `character_coverage`), up to half of the vocabulary."""
 
 
 def learn_tokenizer(kind: str, texts: Texts, vocab_size: int, lowercase: bool, directory: Path) -> None:
@@ -112,7 +115,9 @@ def _wordpiece(texts: Texts, vocab_size: int, lowercase: bool, directory: Path) 
     for text in texts():
         counts.update(learner.normalizer.normalize_str(text))
     written = sorted((one for one in counts if not one.isspace()), key=lambda one: (-counts[one], one))
-    alphabet = sorted(written[:ALPHABET])
+    covered = np.cumsum([counts[one] for one in written])
+    wanted = int(np.searchsorted(covered, COVERAGE * covered[-1])) + 1 if written else 0
+    alphabet = sorted(written[: max(ALPHABET, min(wanted, vocab_size // 2))])
     # Learning nothing beyond the characters shows which of them go on with a word.
     learner.train_from_iterator(texts(), vocab_size=1, limit_alphabet=len(written), show_progress=False)
     # The learner numbers those as it comes upon them, in an order that changes from run to run, and prefers the smaller number

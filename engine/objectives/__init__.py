@@ -113,6 +113,10 @@ class Objective(abc.ABC):
     def adapt(cls, model: Any) -> None:
         """Changes a new model's heads before it has weights worth keeping, in place."""
 
+    def remarks(self, corpus: Corpus) -> list[str]:
+        """Returns what its user should know about the text, a line each."""
+        return []
+
     def begin(self, model: Any, corpus: Corpus) -> None:  # noqa: B027 - most objectives know nothing
         """Sets what a new model can know before its first step, in place."""
 

@@ -5,6 +5,7 @@ Shapes: L tokens of a piece.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,19 +13,19 @@ from pydantic import Field, model_validator
 
 from engine import objectives
 from engine.config import Fraction
-from engine.errors import UserError
 from engine.objectives import _tokens
 from engine.objectives._tokens import IGNORED
+from engine.objectives._words import Words
 
 if TYPE_CHECKING:
     from engine.data.corpus import Corpus
 
 FREQUENCY_TOKENS = 10_000_000
 """Tokens from the top of the corpus from which frequencies are estimated."""
+REMARKED_TOKENS = 1_000_000
+"""Tokens from the top of the corpus whose words are looked at."""
 SPAN_STOPS, LONGEST_SPAN = 0.2, 10
 """Spans have a geometric number of words, up to a longest one, 3.6 on average (SpanBERT, arXiv:1907.10529, section 3.1)."""
-MARKS = {"##": False, "Ġ": True, "▁": True}
-"""How a vocabulary shows words: what a token begins with, and whether such a token begins a word (else it goes on with one)."""
 
 
 class Config(objectives.ObjectiveConfig):
@@ -34,12 +35,22 @@ class Config(objectives.ObjectiveConfig):
     unit: Literal["token", "word", "span"] = "token"
     """What is chosen: single tokens; whole words, all tokens of one at once (BERT's later models); spans of words, which as one
     become [MASK] or random tokens, or stay (SpanBERT, arXiv:1907.10529)."""
+    segmenter: Literal["jieba"] | None = None
+    """Finds Chinese words, which are written without spaces; None: words are what the vocabulary shows."""
     mask: float = Field(0.15, gt=0, lt=1)
     """Share of the ordinary tokens that the model has to predict."""
     replace_by_mask: Fraction = 0.8
     """Share of the chosen tokens that become [MASK]."""
     replace_by_random: Fraction = 0.1
     """Share of the chosen tokens that become a random token; the rest stay as they are."""
+
+    @model_validator(mode="after")
+    def _segmenter_is_used_and_there(self) -> Config:
+        if self.segmenter is not None and self.unit == "token":
+            raise ValueError("segmenter finds words, but tokens are chosen one by one: say unit: word, or span")
+        if self.segmenter is not None and importlib.util.find_spec("rjieba") is None:
+            raise ValueError("segmenter: jieba needs a package that is not there: pip install 'bothways[chinese]'")
+        return self
 
     @model_validator(mode="after")
     def _shares_add_up(self) -> Config:
@@ -56,7 +67,7 @@ class Objective(_tokens.Objective):
         vocab_size: ids from which random replacements are drawn.
         mask_id: id of [MASK].
         special_ids: ids that are never predicted.
-        begins: for each id whether it begins a word, shape (vocabulary,); for units other than tokens.
+        words: of the vocabulary; for units other than tokens.
     """
 
     head = "AutoModelForMaskedLM"
@@ -64,11 +75,9 @@ class Objective(_tokens.Objective):
     says = "masked language modelling"
     special_tokens = ("cls_token", "sep_token", "pad_token", "mask_token")
 
-    def __init__(
-        self, config: Config, vocab_size: int, mask_id: int, special_ids: list[int], begins: np.ndarray | None = None
-    ) -> None:
+    def __init__(self, config: Config, vocab_size: int, mask_id: int, special_ids: list[int], words: Words | None = None) -> None:
         self.config = config
-        self.begins = begins
+        self.words = words
         self.rate = span_rate(config.mask) if config.unit == "span" else config.mask
         self.mask_id = mask_id
         self.ordinary = np.setdiff1d(np.arange(vocab_size), special_ids)
@@ -78,8 +87,11 @@ class Objective(_tokens.Objective):
 
     @classmethod
     def of_tokenizer(cls, config: Config, tokenizer: Any) -> Objective:
-        begins = None if config.unit == "token" else word_beginnings(tokenizer)
-        return cls(config, len(tokenizer), tokenizer.mask_token_id, tokenizer.all_special_ids, begins)
+        words = None if config.unit == "token" else Words(tokenizer, config.segmenter is not None)
+        return cls(config, len(tokenizer), tokenizer.mask_token_id, tokenizer.all_special_ids, words)
+
+    def remarks(self, corpus: Corpus) -> list[str]:
+        return [] if self.words is None else self.words.remarks(np.asarray(corpus.tokens[:REMARKED_TOKENS], dtype=np.int64))
 
     def corrupt(self, tokens_L: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns input_ids (corrupted) and labels, both of shape (L,); labels are IGNORED where nothing is predicted."""
@@ -98,9 +110,9 @@ class Objective(_tokens.Objective):
 
     def _chosen(self, tokens_L: np.ndarray, special_L: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Returns which tokens are chosen, special ones perhaps among them, shape (L,)."""
-        if self.begins is None:
+        if self.words is None:
             return rng.random(len(tokens_L)) < self.rate
-        begins = self.begins[tokens_L] | special_L
+        begins = self.words.beginnings(tokens_L) | special_L
         begins[1:] |= special_L[:-1]
         begins[0] = True
         word_L = np.cumsum(begins) - 1
@@ -132,22 +144,6 @@ def span_rate(share: float) -> float:
         middle = (low + high) / 2
         low, high = (low, middle) if 1 - np.prod(1 - middle * reach) > share else (middle, high)
     return low
-
-
-def word_beginnings(tokenizer: Any) -> np.ndarray:
-    """Returns for each id whether the token begins a word, shape (vocabulary,).
-
-    Raises:
-        UserError: the vocabulary marks neither beginnings nor continuations.
-    """
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    for mark, begins in MARKS.items():
-        marked = np.asarray([token.startswith(mark) for token in tokens])
-        if marked.sum() > len(tokens) // 100:
-            return marked if begins else ~marked
-    raise UserError(
-        f"{tokenizer.name_or_path}: its tokens do not show where words begin ({', '.join(MARKS)}): say objective.unit: token"
-    )
 
 
 def predict_frequencies(model: Any, corpus: Corpus) -> None:

@@ -1,5 +1,6 @@
 """Masked language modelling: frequencies, isolation of packed documents, parity with Hugging Face."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from engine.errors import UserError
 from engine.models import ScratchConfig, build_model
 from engine.models.attention import packed_mask
-from engine.objectives.mlm import IGNORED, Config, Objective, predict_frequencies, word_beginnings
+from engine.objectives._words import Words
+from engine.objectives.mlm import IGNORED, Config, Objective, predict_frequencies
 from engine.randomness import generator
 from tests.unit.models import tiny_masked_lm
 
@@ -124,7 +126,8 @@ WORDS = np.arange(1000) % 3 != 2
 
 
 def chosen_by(unit, tokens, mask=0.15, seed=1):
-    found = Objective(Config(unit=unit, mask=mask), 1000, MASK, SPECIAL, WORDS).corrupt(tokens, generator(seed, unit))
+    words = SimpleNamespace(beginnings=lambda tokens: WORDS[tokens])
+    found = Objective(Config(unit=unit, mask=mask), 1000, MASK, SPECIAL, words).corrupt(tokens, generator(seed, unit))
     return found["input_ids"], found["labels"], found["labels"] != IGNORED
 
 
@@ -194,9 +197,92 @@ class Vocabulary:
     ],
 )
 def test_vocabularies_show_where_words_begin(tokens, begins):
-    assert word_beginnings(Vocabulary(tokens)).tolist() == begins
+    assert Words(Vocabulary(tokens), False).beginnings(np.arange(len(tokens))).tolist() == begins
 
 
 def test_a_vocabulary_that_does_not_show_words_is_refused():
     with pytest.raises(UserError, match=r"theirs: its tokens do not show where words begin"):
-        word_beginnings(Vocabulary(["a", "b"]))
+        Words(Vocabulary(["a", "b"]), False)
+
+
+LETTERS = ["[CLS]", "[SEP]", *"我来到北京清华大学的", "nlp", "##ers", "3", "，", "##学"]
+PIECES = ["<s>", "</s>", "▁我", "来", "到北京", "清华", "大", "学", "的", "▁nl", "p", "▁3", "，"]
+FOUND = ["我", "来到", "北京", "清华大学"]
+
+
+def words_found(tokens, text, segment=True):
+    """The words of a text that is given as tokens."""
+    vocabulary = Vocabulary(tokens)
+    ids = np.asarray([tokens.index(token) for token in text])
+    begins = Words(vocabulary, segment).beginnings(ids)
+    places = np.append(np.flatnonzero(begins), len(text))
+    return ["".join(text[first:end]) for first, end in itertools.pairwise(places)]
+
+
+def test_chinese_words_are_those_of_jieba_and_other_words_those_of_the_vocabulary():
+    pytest.importorskip("rjieba")
+    text = ["[CLS]", *"我来到北京清华大学", "，", "nlp", "##ers", *"北京", "3", "的", "[SEP]"]
+    assert words_found(LETTERS, text) == ["[CLS]", *FOUND, "，", "nlp##ers", "北京", "3", "的", "[SEP]"]
+    assert words_found(LETTERS, text, segment=False) == [
+        "[CLS]",
+        *"我来到北京清华大学",
+        "，",
+        "nlp##ers",
+        *"北京",
+        "3",
+        "的",
+        "[SEP]",
+    ]
+
+
+def test_pieces_of_several_letters_begin_a_word_where_jieba_has_one():
+    pytest.importorskip("rjieba")
+    text = ["▁我", "来", "到北京", "清华", "大", "学", "▁nl", "p", "▁我", "，"]
+    # A piece across the border of two words goes on with the first of them.
+    assert words_found(PIECES, text) == ["▁我", "来到北京", "清华大学", "▁nlp", "▁我，"]
+
+
+def test_all_of_a_chinese_word_is_masked_or_nothing():
+    pytest.importorskip("rjieba")
+    vocabulary = Vocabulary([*LETTERS, "[MASK]"])
+    ids = np.resize([vocabulary.tokens.index(letter) for letter in "我来到北京清华大学的"], 50_000)
+    chosen = Objective(Config(unit="word", segmenter="jieba"), len(LETTERS), len(LETTERS), [0, 1], Words(vocabulary, True))
+    hidden = chosen.corrupt(ids, generator(1))["labels"] != IGNORED
+    assert hidden.mean() == pytest.approx(0.15, abs=0.015)
+    borders = np.flatnonzero(Words(vocabulary, True).beginnings(ids))
+    share = np.add.reduceat(hidden, borders) / np.diff(np.append(borders, len(ids)))
+    assert set(share) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "segment", "remark"),
+    [
+        (LETTERS, "我来到北京" * 9, False, "100% of the tokens are Chinese letters, each a word to this vocabulary"),
+        (LETTERS, "我来到北京" * 9, True, None),
+        (LETTERS, ["nlp", "##ers", "3"] * 9, False, None),
+        (
+            PIECES,
+            ["▁我", *["来", "大", "学"] * 9],
+            False,
+            "100% of the tokens lie in words of more than 20 tokens: a text without",
+        ),
+        (PIECES, ["▁nl", "p"] * 9, False, None),
+    ],
+)
+def test_a_text_whose_words_the_vocabulary_does_not_show_is_remarked(tokens, text, segment, remark):
+    pytest.importorskip("rjieba")
+    found = Words(Vocabulary(tokens), segment).remarks(np.asarray([tokens.index(token) for token in text]))
+    assert found == [] if remark is None else remark in found[0]
+
+
+def test_bytes_have_no_chinese_letters():
+    with pytest.raises(UserError, match=r"theirs: its tokens are bytes, not Chinese letters: leave out objective.segmenter"):
+        Words(Vocabulary(["Ġthe", "æĪĳ"]), True)
+
+
+def test_a_segmenter_needs_words_and_its_package(monkeypatch):
+    with pytest.raises(ValueError, match="tokens are chosen one by one: say unit: word"):
+        Config(segmenter="jieba")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'bothways\[chinese\]'"):
+        Config(segmenter="jieba", unit="word")

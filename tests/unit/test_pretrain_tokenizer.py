@@ -107,3 +107,14 @@ def test_a_word_piece_vocabulary_has_every_character_in_each_of_its_places(tmp_p
     assert "##a" not in vocabulary
     assert tokenizer.convert_tokens_to_ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]) == [0, 1, 2, 3, 4]
     assert tokenizer.tokenize("##b") == ["[UNK]", "[UNK]", "b"], "a piece is no special token that a text could name"
+
+
+@pytest.mark.parametrize(("vocab_size", "missing"), [(8000, 5), (4000, 1000), (1500, 2000)])
+def test_a_script_of_many_letters_has_as_many_of_them_as_it_needs_up_to_half_of_the_vocabulary(tmp_path, vocab_size, missing):
+    letters = [chr(0x4E00 + number) for number in range(3000)]
+    texts = ["".join(letters[:1000])] * 3 + ["".join(letters[:2000])] * 2 + ["".join(letters)]
+    learn_tokenizer("wordpiece", lambda: iter(texts), vocab_size, True, tmp_path / "words")
+    tokenizer = load_tokenizer(tmp_path / "words")
+    # The five rarest letters of 3,000 are 0.05 % of the texts.
+    assert tokenizer(texts[-1])["input_ids"].count(tokenizer.unk_token_id) == missing
+    assert len(tokenizer) <= vocab_size
