@@ -16,7 +16,6 @@ from engine.data.splits import DataConfig
 from engine.data.vocabulary import SPECIAL_TOKENS
 from engine.errors import UserError
 from engine.models import ScratchConfig
-from engine.models.families import require
 from engine.objectives import AnyObjective, default_objective, objective_class
 from engine.stages import heartbeat
 from engine.stages.stage import Stage, stage_main
@@ -58,6 +57,11 @@ class ExtendTokenizer(Strict):
     """So many, those that save the most tokens in the training texts; or a list of them."""
     documents: int | None = Field(None, ge=1)
     """Count in this many documents only, from the top."""
+
+    @property
+    def count(self) -> int:
+        """How many words are added, at most."""
+        return self.words if isinstance(self.words, int) else len(self.words)
 
 
 class TokenizerConfig(Strict):
@@ -114,9 +118,9 @@ class PretrainConfig(Trained):
             missing = [name for name in chosen.special_tokens if name not in SPECIAL_TOKENS[kind]]
             if missing:
                 raise ValueError(f"tokenizer.train: {kind} has no {', '.join(missing)}, which {chosen.says} needs: set type: bpe")
-        if self.shape is not None and chosen.operation is not None:
+        if self.shape is not None:
             try:
-                require(self.shape.family, chosen.operation)
+                chosen.require_family(self.shape.family)
             except UserError as error:
                 raise ValueError(f"objective: {error}") from None
         return self
@@ -226,8 +230,7 @@ def _model(stage: Stage[PretrainConfig], chosen: type[Objective], tokenizer: Any
         return build_model(shape, chosen.head, rounded(len(tokenizer)), special_ids(tokenizer)), [], True
     assert isinstance(reference, ModelRef)
     path = stage.recipe.find_model(reference)
-    if chosen.operation is not None:
-        require(read_config(path).model_type, chosen.operation)
+    chosen.require_family(read_config(path).model_type)
     model = load_model(path, chosen.head, settings={})
     positions = positions_of(model.config.to_dict())
     if positions is not None and stage.config.sequence_length > positions:

@@ -41,7 +41,7 @@ class PackedBatches:
         self.between = [] if self.frame.between is None else [self.frame.between]
         self.windows = corpus.windows(length - around.sum() - len(self.between))
         # Whether what stands before a text stands before each piece, and what stands behind it behind it.
-        self.framed = np.full(self.windows.shape, True) & (self.frame.pieces | corpus.borders(self.windows))
+        self.framed = self.frame.pieces | corpus.borders(self.windows)
         lengths = self.windows[:, 1] - self.windows[:, 0] + self.framed @ around + len(self.between)
         self.packed = PackedRows(lengths, length, seed)
         self.plan = BatchPlan(np.full(len(self.packed), length), batch_size, seed, bucket=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import Counter
@@ -41,11 +42,18 @@ def learn_tokenizer(kind: str, texts: Texts, vocab_size: int, lowercase: bool, d
         lowercase: fold case; WordPiece then strips accents, too.
         directory: where the tokenizer goes.
     """
+    learn = _wordpiece if kind == "wordpiece" else _bpe
+    with _whole(directory) as part:
+        learn(texts, vocab_size, lowercase, part).save_pretrained(part)
+
+
+@contextlib.contextmanager
+def _whole(directory: Path) -> Iterator[Path]:
+    """Gives an empty directory beside this one, which it becomes when all is written."""
     part = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    learn = _wordpiece if kind == "wordpiece" else _bpe
-    learn(texts, vocab_size, lowercase, part).save_pretrained(part)
+    yield part
     publish(part, directory)
 
 
@@ -91,16 +99,13 @@ def extend_tokenizer(tokenizer: Any, texts: Texts, words: int | list[str], direc
         chosen = [word for word in dict.fromkeys(found[0] for found in read.values()) if backend.token_to_id(word) is None]
     if not chosen:
         raise UserError("tokenizer.extend: its vocabulary has all of these words already: leave it out")
-    part = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    tokenizer.save_pretrained(part)
-    file = part / "tokenizer.json"
-    inside = json.loads(file.read_text("utf-8"))
     first = max(tokenizer.get_vocab().values()) + 1
-    inside["model"]["vocab"].update({word: first + number for number, word in enumerate(chosen)})
-    file.write_text(json.dumps(inside, ensure_ascii=False), "utf-8")
-    publish(part, directory)
+    with _whole(directory) as part:
+        tokenizer.save_pretrained(part)
+        file = part / "tokenizer.json"
+        inside = json.loads(file.read_text("utf-8"))
+        inside["model"]["vocab"].update({word: first + number for number, word in enumerate(chosen)})
+        file.write_text(json.dumps(inside, ensure_ascii=False), "utf-8")
     share = sum(saved.get(word, 0) for word in chosen) / max(1, sum(counts[word] * pieces[word] for word in counts))
     some = ", ".join(chosen[:5]) + (", …" if len(chosen) > 5 else "")
     return f"{len(chosen):,} words are added to its vocabulary ({some}): the texts take {share:.1%} fewer tokens"

@@ -104,7 +104,8 @@ def build_model(
     # What would else be that of the family's published size: as many heads of keys, as wide as the others, no narrower table.
     own = {
         "num_key_value_heads": shape.heads,
-        **dict.fromkeys(("head_dim", "d_head"), shape.hidden // shape.heads),
+        "head_dim": shape.hidden // shape.heads,
+        "d_head": shape.hidden // shape.heads,
         **{key: shape.hidden for key in family.as_wide},
     }
     sizes |= {key: value for key, value in own.items() if getattr(defaults, key, None) is not None}

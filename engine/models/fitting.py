@@ -166,12 +166,9 @@ def fit_new_words(model: Any, tokenizer: Any, before: Any) -> None:
     old, split = before.get_vocab(), before.backend_tokenizer.model.tokenize
     new = {number: [piece.id for piece in split(word)] for word, number in tokenizer.get_vocab().items() if word not in old}
     output = model.get_output_embeddings()
-    tables = {
-        id(table): table for table in (model.get_input_embeddings().weight, output.weight, output.bias) if table is not None
-    }
     with torch.no_grad():
-        for table in tables.values():
-            for number, pieces in new.items():
+        for table in (model.get_input_embeddings().weight, output.weight, output.bias):
+            for number, pieces in new.items() if table is not None else ():
                 table[number] = table[pieces].mean(dim=0)
 
 

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, SerializeAsAny
 
 from engine.config import Strict
 from engine.errors import UserError
+from engine.models.families import require
 from engine.registry import Registry
 
 if TYPE_CHECKING:
@@ -93,6 +94,12 @@ class Objective(abc.ABC):
                 f"{tokenizer.name_or_path}: this tokenizer has no {', '.join(missing)}, which {cls.says} needs: "
                 "name them in its tokenizer_config.json"
             )
+
+    @classmethod
+    def require_family(cls, model_type: str | None) -> None:
+        """Raises UserError when models of an architecture cannot learn it."""
+        if cls.operation is not None:
+            require(model_type, cls.operation)
 
     @classmethod
     def frame(cls, tokenizer: Any) -> Frame:

@@ -119,13 +119,11 @@ class Objective(_tokens.Objective):
     def made_up_loss(cls, config: Config, model: Any, rows: int, length: int) -> torch.Tensor:
         import torch
 
-        from engine.models.attention import permuted_inputs
-
         ids = torch.zeros(rows, length, dtype=torch.int64)
         # How many tokens are predicted is drawn at random in training; shapes without values need a number.
         targets_BM = torch.zeros(rows, math.ceil(length / config.one_in), dtype=torch.int64)
-        inputs = permuted_inputs(ids, ids, targets_BM, model.dtype)
-        hidden_BMH = model.base_model(input_ids=ids, token_type_ids=ids, use_mems=False, **inputs)[0]
+        names = ("input_ids", "token_type_ids", "segments", "order")
+        hidden_BMH = _hidden_of(model, dict.fromkeys(names, ids), targets_BM)
         return _tokens.cross_entropy(model, hidden_BMH.flatten(0, 1), targets_BM.flatten())
 
 
@@ -142,15 +140,20 @@ def _query_stream(model: Any, batch: Batch) -> torch.Tensor:
     """Returns the hidden states from which tokens are predicted, shape (predicted tokens of the batch, H), row by row."""
     import torch
 
-    from engine.models.attention import permuted_inputs
-
     predicted_BL = batch["labels"] != IGNORED
     counts_B = predicted_BL.sum(1)
     most = max(1, int(counts_B.max()))
     # The places of the predicted tokens come first, in their order in the text.
     targets_BM = torch.argsort(~predicted_BL, dim=1, stable=True)[:, :most]
-    inputs = permuted_inputs(batch["segments"], batch["order"], targets_BM, model.dtype)
-    hidden_BMH = model.base_model(input_ids=batch["input_ids"], token_type_ids=batch["token_type_ids"], use_mems=False, **inputs)[
-        0
-    ]
+    hidden_BMH = _hidden_of(model, batch, targets_BM)
     return hidden_BMH[torch.arange(most, device=counts_B.device) < counts_B[:, None]]
+
+
+def _hidden_of(model: Any, batch: Batch, targets_BM: torch.Tensor) -> torch.Tensor:
+    """Returns the last hidden states of the queries that predict the tokens at these places, shape (B, M, H)."""
+    from engine.models.attention import permuted_inputs
+
+    inputs = permuted_inputs(batch["segments"], batch["order"], targets_BM, model.dtype)
+    taken = {name: batch[name] for name in ("input_ids", "token_type_ids")}
+    hidden: torch.Tensor = model.base_model(**taken, use_mems=False, **inputs)[0]
+    return hidden

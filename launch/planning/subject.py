@@ -61,6 +61,7 @@ def subject_of(stage: Stage[Any], attention: str) -> Subject:
 def _adapted(build: Build, objective: type[Objective]) -> Build:
     def changed() -> Any:
         model = build()
+        objective.require_family(model.config.model_type)
         objective.adapt(model)
         return model
 
@@ -90,18 +91,15 @@ def _extended(build: Build, vocabulary: int) -> Build:
 def _vocabulary(recipe: Recipe, config: PretrainConfig) -> int:
     if config.tokenizer is not None and config.tokenizer.train:
         return config.tokenizer.train.vocab_size
-    extend = None if config.tokenizer is None else config.tokenizer.extend
-    if extend is not None:
-        own = config.model_copy(update={"tokenizer": None})
-        return _vocabulary(recipe, own) + (extend.words if isinstance(extend.words, int) else len(extend.words))
-    reference = config.model if config.tokenizer is None else config.tokenizer.model
+    more = config.tokenizer.extend.count if config.tokenizer is not None and config.tokenizer.extend is not None else 0
+    reference = (config.tokenizer and config.tokenizer.model) or config.model
     assert isinstance(reference, ModelRef)
     if reference in recipe.stages and read_stage(recipe.directory(reference)) is None:
         upstream = recipe.section(reference, KINDS[recipe.stages[reference][0]].config)
         if isinstance(upstream, PretrainConfig):
-            return _vocabulary(recipe, upstream)
+            return _vocabulary(recipe, upstream) + more
         raise UserError(f"{recipe.path}: the tokenizer of stage '{reference}' is known once that stage has run")
-    return len(load_tokenizer(recipe.find_model(reference)))
+    return len(load_tokenizer(recipe.find_model(reference))) + more
 
 
 def _fine_tuned(recipe: Recipe, reference: ModelRef, head: str, attention: str, notes: list[str]) -> Build:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from engine.config import load_recipe
 from engine.errors import UserError
+from engine.models import load_tokenizer
 from engine.objectives import mlm
 from engine.training.zero_files import SHIPPED
 from launch.planning import footprint, plan
@@ -16,7 +17,7 @@ from launch.planning.footprint import Measured, Moment, frontier
 from launch.planning.memory import Level, Need, Setting
 from launch.planning.plan import Machine, machine_for, parse_bytes, plan_level, plan_stage, print_plan, used
 from launch.recipe import load_stages
-from tests.recipes import finetune_section, train_section, write_recipe
+from tests.recipes import finetune_section, pretrain_section, train_section, write_recipe
 from tests.unit.models import tiny_masked_lm
 from tests.unit.test_recipe import CHAIN
 
@@ -247,6 +248,29 @@ def test_a_recipe_after_a_prune_that_has_not_run_says_so(tmp_path):
     stages = {**CHAIN, "again": {"finetune": finetune_section(model="slim")}}
     found = plan_stage(stage_of(tmp_path, stages=stages, name="again"), CPU)
     assert found.notes == ["stage 'slim' has not run: planned with the model before pruning"]
+
+
+def going_on(**changes):
+    section = pretrain_section(model="model", train=train_section(steps=2), **changes)
+    if "tokenizer" not in changes:
+        del section["tokenizer"]
+    return {"base": {"pretrain": section}}
+
+
+def test_a_model_that_cannot_learn_what_it_shall_is_refused(tmp_path):
+    stage = stage_of(tmp_path, stages=going_on(objective={"type": "clm"}), name="base")
+    with pytest.raises(UserError, match="models of type 'bert' cannot be pretrained to predict the next token"):
+        plan_stage(stage, CPU)
+
+
+def test_words_that_a_vocabulary_gets_are_planned(tmp_path):
+    own, more = (
+        plan_stage(stage_of(tmp_path, stages=going_on(**changes), name="base"), CPU).parameters
+        for changes in ({}, {"tokenizer": {"extend": {"words": 100}}})
+    )
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    rows = len(load_tokenizer(tmp_path / "model")) + 100 - config["vocab_size"]
+    assert more - own == rows * (config["hidden_size"] + 1)
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_its_line(tmp_path, capsys):
