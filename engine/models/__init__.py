@@ -105,7 +105,6 @@ def build_model(
     own = {
         "num_key_value_heads": shape.heads,
         "head_dim": shape.hidden // shape.heads,
-        "d_head": shape.hidden // shape.heads,
         **{key: shape.hidden for key in family.as_wide},
     }
     sizes |= {key: value for key, value in own.items() if getattr(defaults, key, None) is not None}

@@ -206,7 +206,7 @@ def test_a_vocabulary_that_does_not_show_words_is_refused():
 
 
 LETTERS = ["[CLS]", "[SEP]", *"我来到北京清华大学的", "nlp", "##ers", "3", "，", "##学"]
-PIECES = ["<s>", "</s>", "▁我", "来", "到北京", "清华", "大", "学", "的", "▁nl", "p", "▁3", "，"]
+PIECES = ["<s>", "</s>", "▁我", "来", "到北京", "清华", "大", "▁大", "学", "的", "▁nl", "p", "▁3", "，"]
 FOUND = ["我", "来到", "北京", "清华大学"]
 
 
@@ -240,6 +240,8 @@ def test_pieces_of_several_letters_begin_a_word_where_jieba_has_one():
     text = ["▁我", "来", "到北京", "清华", "大", "学", "▁nl", "p", "▁我", "，"]
     # A piece across the border of two words goes on with the first of them.
     assert words_found(PIECES, text) == ["▁我", "来到北京", "清华大学", "▁nlp", "▁我，"]
+    # Behind a space a word begins, whatever jieba makes of the letters without it.
+    assert words_found(PIECES, ["清华", "▁大", "学"]) == ["清华", "▁大学"]
 
 
 def test_all_of_a_chinese_word_is_masked_or_nothing():

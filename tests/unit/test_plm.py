@@ -39,11 +39,16 @@ class AtTheEnd(Tokenizer):
     types = ([], [0, 2])
 
 
+class Three(Tokenizer):
+    around = ([CLS], [SEP, CLS])
+    types = ([0], [0, 2])
+
+
 class Bare(Tokenizer):
     around = types = ([], [])
 
 
-TOKENIZERS = {"before and after": Tokenizer(), "both after": AtTheEnd()}
+TOKENIZERS = {"before and after": Tokenizer(), "both after": AtTheEnd(), "three": Three()}
 EACH = pytest.mark.parametrize("kind", TOKENIZERS)
 
 
