@@ -28,26 +28,20 @@ if TYPE_CHECKING:
     from engine.training.processes import Processes
 
 
-BPE_LEAST = 261
-"""The bytes and the special tokens."""
+LEAST = {"wordpiece": 100, "bpe": 261, "unigram": 100}
+"""Kind of vocabulary → its smallest size: letters, or bytes, and special tokens."""
 
 
 class NewTokenizer(Strict):
     """A vocabulary learnt from the training texts."""
 
-    type: Literal["wordpiece", "bpe"] = "wordpiece"
-    """BERT's, or GPT-2's and RoBERTa's pairs of bytes (at least 261 tokens)."""
+    type: Literal["wordpiece", "bpe", "unigram"] = "wordpiece"
+    """BERT's; GPT-2's and RoBERTa's pairs of bytes (at least 261 tokens); or the unigrams of XLM-R, T5 and mBART."""
     vocab_size: int = Field(30_522, ge=100)
     lowercase: bool | None = None
-    """Fold case; None: WordPiece does, BPE does not."""
+    """Fold case; None: WordPiece does, the others do not."""
     documents: int | None = Field(None, ge=1)
     """Learn from this many documents only, from the top."""
-
-    @model_validator(mode="after")
-    def _bytes_fit(self) -> NewTokenizer:
-        if self.type == "bpe" and self.vocab_size < BPE_LEAST:
-            raise ValueError(f"vocab_size={self.vocab_size}: pairs of bytes begin with {BPE_LEAST} tokens: raise it")
-        return self
 
 
 class ExtendTokenizer(Strict):
@@ -118,6 +112,9 @@ class PretrainConfig(Trained):
             missing = [name for name in chosen.special_tokens if name not in SPECIAL_TOKENS[kind]]
             if missing:
                 raise ValueError(f"tokenizer.train: {kind} has no {', '.join(missing)}, which {chosen.says} needs: set type: bpe")
+            least = LEAST[kind] + len(chosen.added_tokens)
+            if (size := self.tokenizer.train.vocab_size) < least:
+                raise ValueError(f"tokenizer.train.vocab_size={size}: {kind} begins with {least} tokens: raise it")
         if self.shape is not None:
             try:
                 chosen.require_family(self.shape.family)
@@ -256,7 +253,7 @@ def _tokenizer_directory(stage: Stage[PretrainConfig]) -> Path | str:
     from engine.data.vocabulary import extend_tokenizer, learn_tokenizer
     from engine.models import load_tokenizer
 
-    config = stage.config.tokenizer
+    config, chosen = stage.config.tokenizer, objective_class(stage.config.objective)
     reference = stage.config.model if config is None else config.model
     if isinstance(reference, ModelRef):
         return stage.recipe.find_model(reference)
@@ -272,7 +269,7 @@ def _tokenizer_directory(stage: Stage[PretrainConfig]) -> Path | str:
     if config.train is not None:
         new = config.train
         lowercase = new.type == "wordpiece" if new.lowercase is None else new.lowercase
-        learn_tokenizer(new.type, lambda: texts(new.documents), new.vocab_size, lowercase, directory)
+        learn_tokenizer(new.type, lambda: texts(new.documents), new.vocab_size, lowercase, directory, chosen.added_tokens)
     elif config.extend is not None:
         more = config.extend
         assert isinstance(stage.config.model, ModelRef)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from engine.objectives import Objective, Piece
 
 PROBE_LOGITS = 64
+BESIDE = "beside_"
+"""Begins the names of position_ids and segments of a second side."""
+MULTIPLE = 16
+"""Its width is one of this: few shapes, whole vectors."""
 
 
 class PackedBatches:
@@ -39,11 +44,15 @@ class PackedBatches:
         self.frame = objective.frame(tokenizer)
         around = np.asarray([len(self.frame.before), len(self.frame.after)])
         self.between = [] if self.frame.between is None else [self.frame.between]
-        self.windows = corpus.windows(length - around.sum() - len(self.between))
+        framed = int(around.sum()) + len(self.between)
+        most = length - framed
+        while objective.row_lengths(np.asarray(most + framed + 1)) <= length:
+            most += 1
+        self.windows = corpus.windows(most)
         # Whether what stands before a text stands before each piece, and what stands behind it behind it.
         self.framed = self.frame.pieces | corpus.borders(self.windows)
         lengths = self.windows[:, 1] - self.windows[:, 0] + self.framed @ around + len(self.between)
-        self.packed = PackedRows(lengths, length, seed)
+        self.packed = PackedRows(objective.row_lengths(lengths), length, seed)
         self.plan = BatchPlan(np.full(len(self.packed), length), batch_size, seed, bucket=False)
         self.steps_per_epoch = self.plan.steps_per_epoch
 
@@ -67,32 +76,39 @@ class PackedBatches:
         return Piece(before, self.corpus.tokens[first:last], after, self.between, sentences, elsewhere)
 
     def row(self, epoch: int, row: int) -> dict[str, np.ndarray]:
-        """Returns position_ids, segments and the columns of the objective of one packed row, each of shape (length,)."""
-        empty = {"position_ids": 0, "segments": 0, **self.objective.columns}
-        columns = {
-            name: np.full(self.length, self.pad if value is None else value, dtype=np.int64) for name, value in empty.items()
-        }
-        at = 0
-        for number, piece in enumerate(self.packed.row(epoch, row), 1):
-            rng = generator(self.seed, "mask", epoch, piece)
-            tokens, arranged = self.objective.arrange(self.piece(piece), rng)
-            place = slice(at, at + len(tokens))
-            for name, values in {**arranged, **self.objective.corrupt(tokens, rng)}.items():
-                columns[name][place] = values
-            columns["position_ids"][place] = np.arange(len(tokens))
-            columns["segments"][place] = number
-            at += len(tokens)
-        return columns
+        """Returns position_ids, segments and the columns of the objective of one packed row, each of shape (length,); of a second
+        side, as long as it is."""
+        parts = [
+            self.objective.make(self.piece(piece), generator(self.seed, "mask", epoch, piece))
+            for piece in self.packed.row(epoch, row)
+        ]
+        beside = _joined(parts, self.objective.beside, BESIDE) if self.objective.beside else {}
+        return {**self._filled(_joined(parts, self.objective.columns), self.length), **beside}
+
+    def _filled(self, columns: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+        """Returns columns of a row with what stands where there is no token behind them."""
+        nothing = {**self.objective.columns, **self.objective.beside}
+        filled = {}
+        for name, values in columns.items():
+            empty = nothing.get(name, 0)
+            filled[name] = np.full(length, self.pad if empty is None else empty, dtype=np.int64)
+            filled[name][: len(values)] = values
+        return filled
 
     def collate(self, epoch: int, rows: np.ndarray) -> Batch:
-        """Stacks rows into tensors of shape (rows, length), with `count` and `tokens`."""
+        """Stacks rows into tensors of shape (rows, length), or (rows, tokens of the longest) of a second side, with `count` and
+        `tokens`."""
         import torch
 
         columns = [self.row(epoch, int(row)) for row in rows]
+        if self.objective.beside:
+            widest = -(-max(len(column[f"{BESIDE}segments"]) for column in columns) // MULTIPLE) * MULTIPLE
+            second = [name for name in columns[0] if name in self.objective.beside or name.startswith(BESIDE)]
+            columns = [{**column, **self._filled({name: column[name] for name in second}, widest)} for column in columns]
         arrays = {name: np.stack([column[name] for column in columns]) for name in columns[0]}
         batch: Batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
         batch["count"] = self.objective.count(arrays)
-        batch["tokens"] = int((arrays["segments"] > 0).sum())
+        batch["tokens"] = sum(int((arrays[name] > 0).sum()) for name in ("segments", f"{BESIDE}segments") if name in arrays)
         return batch
 
     def at(self, step: int, rank: int, processes: int, micro: int) -> list[Batch]:
@@ -140,3 +156,13 @@ class PackedBatches:
         import torch
 
         return {name: value.to(model.device) for name, value in batch.items() if torch.is_tensor(value)}
+
+
+def _joined(parts: list[dict[str, np.ndarray]], names: Iterable[str], prefix: str = "") -> dict[str, np.ndarray]:
+    """Returns the columns of one side of a row, pieces behind one another, and their position_ids and segments."""
+    first, *others = names
+    lengths = [len(part[first]) for part in parts]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in (first, *others)}
+    columns[f"{prefix}position_ids"] = np.concatenate([np.arange(length) for length in lengths])
+    columns[f"{prefix}segments"] = np.repeat(np.arange(1, len(parts) + 1), lengths)
+    return columns

@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = {
     "wordpiece": ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"),
     "bpe": ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token", "cls_token", "sep_token"),
+    "unigram": ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token", "cls_token", "sep_token"),
 }
 """Kind of vocabulary → the special tokens that its tokenizer has."""
 
@@ -32,19 +33,25 @@ ALPHABET, COVERAGE = 1000, 0.9995
 texts, as of Chinese (SentencePiece's `character_coverage`), up to half of the vocabulary."""
 
 
-def learn_tokenizer(kind: str, texts: Texts, vocab_size: int, lowercase: bool, directory: Path) -> None:
+def learn_tokenizer(
+    kind: str, texts: Texts, vocab_size: int, lowercase: bool, directory: Path, added: Sequence[str] = ()
+) -> None:
     """Learns a vocabulary and writes it as a tokenizer directory, complete or absent. The same texts give the same vocabulary.
 
     Args:
-        kind: `wordpiece`, as BERT has it (arXiv:1609.08144), or `bpe` on bytes, as GPT-2 has it, with RoBERTa's special tokens.
+        kind: `wordpiece`, as BERT has it (arXiv:1609.08144); with RoBERTa's special tokens `bpe` on bytes, as GPT-2 has it, or
+            `unigram`, as SentencePiece has it (arXiv:1804.10959).
         texts: one document each; they are read up to three times.
         vocab_size: largest vocabulary, special tokens included.
         lowercase: fold case; WordPiece then strips accents, too.
         directory: where the tokenizer goes.
+        added: special tokens beside its own; not for `wordpiece`.
     """
-    learn = _wordpiece if kind == "wordpiece" else _bpe
     with _whole(directory) as part:
-        learn(texts, vocab_size, lowercase, part).save_pretrained(part)
+        if kind == "wordpiece":
+            _wordpiece(texts, vocab_size, lowercase, part).save_pretrained(part)
+        else:
+            _framed(kind, texts, vocab_size, lowercase, list(added)).save_pretrained(part)
 
 
 @contextlib.contextmanager
@@ -142,22 +149,30 @@ def _wordpiece(texts: Texts, vocab_size: int, lowercase: bool, directory: Path) 
     return tokenizer
 
 
-def _bpe(texts: Texts, vocab_size: int, lowercase: bool, directory: Path) -> PreTrainedTokenizerBase:
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+def _framed(kind: str, texts: Texts, vocab_size: int, lowercase: bool, added: list[str]) -> PreTrainedTokenizerBase:
+    """Learns pairs of bytes or unigrams, with RoBERTa's special tokens around a text."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
-    inside: Any = Tokenizer(models.BPE())
-    if lowercase:
-        inside.normalizer = normalizers.Lowercase()
-    inside.pre_tokenizer, inside.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(names.values()), initial_alphabet=alphabet, show_progress=False
-    )
+    learnt: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": [*names.values(), *added], "show_progress": False}
+    fold: list[Any] = [normalizers.Lowercase()] if lowercase else []
+    inside: Any
+    if kind == "bpe":
+        inside = Tokenizer(models.BPE())
+        inside.pre_tokenizer, inside.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        trainer: Any = trainers.BpeTrainer(initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), **learnt)
+    else:
+        inside = Tokenizer(models.Unigram())
+        fold = [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), *fold]
+        inside.pre_tokenizer, inside.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(unk_token=names["unk_token"], **learnt)
+    if fold:
+        inside.normalizer = normalizers.Sequence(fold)
     inside.train_from_iterator(texts(), trainer)
     ends = [(token, inside.token_to_id(token)) for token in (names["bos_token"], names["eos_token"])]
     inside.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=ends
     )
-    return PreTrainedTokenizerFast(tokenizer_object=inside, cls_token="<s>", sep_token="</s>", **names)
+    more: dict[str, Any] = {"extra_special_tokens": added} if added else {}
+    return PreTrainedTokenizerFast(tokenizer_object=inside, cls_token="<s>", sep_token="</s>", **names, **more)

@@ -96,8 +96,12 @@ def build_model(
         "num_hidden_layers": shape.layers,
         "hidden_size": shape.hidden,
         "num_attention_heads": shape.heads,
-        family.neurons: shape.intermediate or 4 * shape.hidden,
+        **dict.fromkeys(family.neurons, shape.intermediate or 4 * shape.hidden),
     }
+    for stack in family.stacks[1:]:
+        sizes |= {stack.count: shape.layers, stack.heads: shape.heads}
+    if family.decoder_start:
+        sizes["decoder_start_token_id"] = ids.get(family.decoder_start, ids["pad_token_id"])
     if family.positions != "relative":
         unused = ((ids["pad_token_id"] or 0) + 1) if family.positions == "after padding" else 0
         sizes["max_position_embeddings"] = shape.positions + unused
@@ -105,6 +109,7 @@ def build_model(
     own = {
         "num_key_value_heads": shape.heads,
         "head_dim": shape.hidden // shape.heads,
+        "forced_eos_token_id": ids.get("eos_token_id"),
         **{key: shape.hidden for key in family.as_wide},
     }
     sizes |= {key: value for key, value in own.items() if getattr(defaults, key, None) is not None}

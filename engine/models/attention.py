@@ -15,7 +15,13 @@ SLIDING = "sliding_attention"
 """What configurations call a layer in which a token sees a window around itself."""
 
 
-def packed_mask(segments_BL: torch.Tensor, dtype: torch.dtype, causal: bool = False, window: int | None = None) -> torch.Tensor:
+def packed_mask(
+    segments_BL: torch.Tensor,
+    dtype: torch.dtype,
+    causal: bool = False,
+    window: int | None = None,
+    seen_BL: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Block-diagonal additive mask: a token sees the tokens of its own document and nothing else.
 
     Args:
@@ -23,12 +29,13 @@ def packed_mask(segments_BL: torch.Tensor, dtype: torch.dtype, causal: bool = Fa
         dtype: of the attention scores.
         causal: it sees only itself and what lies before it.
         window: it sees tokens up to so far away; causally, so many of them, itself among them. None: all.
+        seen_BL: the same of what is seen, where that is another side of the same documents; None: they see themselves.
 
     Returns:
-        shape (B, 1, L, L): 0 where attention is allowed, the dtype's lowest number elsewhere. Padding sees only padding,
-        so that no row of the softmax is empty.
+        shape (B, 1, L, L), with a second side the last is that of the second: 0 where attention is allowed, the dtype's lowest
+        number elsewhere. Padding sees only padding, and everything where there is none: no row of the softmax is empty.
     """
-    seen = segments_BL[:, None, :, None] == segments_BL[:, None, None, :]
+    seen = segments_BL[:, None, :, None] == (segments_BL if seen_BL is None else seen_BL)[:, None, None, :]
     if causal or window is not None:
         places_L = torch.arange(segments_BL.shape[1], device=segments_BL.device)
         back_LL = places_L[:, None] - places_L[None, :]
@@ -55,6 +62,44 @@ def packed_inputs(model: Any, segments_BL: torch.Tensor, positions_BL: torch.Ten
         kind: packed_mask(segments_BL, model.dtype, family.causal, window if kind == SLIDING else None) for kind in sorted(kinds)
     }
     return {"attention_mask": masks if len(masks) > 1 else masks.popitem()[1], "position_ids": positions_BL + offset}
+
+
+class _ToldPositions(torch.nn.Embedding):
+    """A learnt table of positions that is told where every token stands: transformers' own counts from the row's beginning."""
+
+    places_BL: torch.Tensor
+
+    def forward(self, *_: Any, **__: Any) -> torch.Tensor:
+        """Returns shape (B, L, H), whatever it is asked."""
+        return torch.nn.functional.embedding(self.places_BL, self.weight)
+
+
+Side = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""(token ids, segments, positions) of one side of packed rows, each of shape (B, L)."""
+
+
+def packed_decoder(model: Any, source: Side, target: Side) -> torch.Tensor:
+    """Returns the last hidden states of a decoder, shape (B, L, H), each document of which reads its own of the encoder.
+
+    Args:
+        model: an encoder and a decoder of a family whose row says `packed`.
+        source: what the encoder reads.
+        target: what the decoder has written.
+    """
+    read, written = source[1], target[1]
+    for name, side in zip(family_of(model.config.model_type).position_tables, (source, target), strict=False):
+        table = model.get_submodule(name)
+        table.__class__ = _ToldPositions
+        table.places_BL = side[2] + table.offset
+    encoded = model.get_encoder()(input_ids=source[0], attention_mask=packed_mask(read, model.dtype))[0]
+    hidden: torch.Tensor = model.get_decoder()(
+        input_ids=target[0],
+        attention_mask=packed_mask(written, model.dtype, causal=True),
+        encoder_hidden_states=encoded,
+        encoder_attention_mask=packed_mask(written, model.dtype, seen_BL=read),
+        use_cache=False,
+    )[0]
+    return hidden
 
 
 def permuted_inputs(
@@ -84,6 +129,9 @@ def permuted_inputs(
 
 def vocabulary_scores(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Returns the scores of the vocabulary, shape (…, V), for hidden states of shape (…, H)."""
+    if getattr(model.config, "scale_decoder_outputs", False):
+        hidden = hidden * model.config.d_model**-0.5  # T5's first version: its table of tokens has a spread of 1
     for name in family_of(model.config.model_type).vocabulary_head:
         hidden = model.get_submodule(name)(hidden)
-    return hidden
+    bias = getattr(model, "final_logits_bias", None)
+    return hidden if bias is None else hidden + bias[0]

@@ -25,6 +25,7 @@ OPERATIONS = {
     "next": "cannot be pretrained to predict the next token",
     "pairs": "cannot be pretrained to judge pairs of texts",
     "permuted": "cannot be pretrained to predict tokens in any order",
+    "rewritten": "cannot be pretrained to write a text",
     "layers": "cannot be given fewer layers",
     "heads": "cannot lose attention heads",
     "neurons": "cannot lose FFN neurons",
@@ -40,8 +41,8 @@ HEADS = {
     "AutoModelForQuestionAnswering": "spans",
 }
 """Class of transformers that gives a model a task's head → the operation that needs it."""
-PRETRAINED = {"masked": False, "next": True, "pairs": False}
-"""Operations that need packed rows, and whether a token then sees those before it alone."""
+PRETRAINED = {"masked": (False, False), "next": (True, False), "pairs": (False, False), "rewritten": (False, True)}
+"""Operations that need packed rows, whether a token then sees those before it alone, and whether a decoder reads an encoder."""
 LAYERED = ("layers", "heads", "neurons", "attention", "ffn")
 """Operations that need to know where the layers lie."""
 
@@ -106,8 +107,8 @@ class Family:
     """Layer 0 is built otherwise than the others."""
     per_layer: tuple[str, ...] = ()
     """Keys of the configuration that list something for each layer."""
-    neurons: str = "intermediate_size"
-    """Key of config.json: neurons of a layer."""
+    neurons: tuple[str, ...] = ("intermediate_size",)
+    """Keys of config.json: neurons of a layer, of each stack where they are not the same."""
     as_wide: tuple[str, ...] = ()
     """Keys of config.json: features of other vectors, as many as of a token in a model that is built from scratch."""
     hidden: str = "hidden_size"
@@ -130,8 +131,12 @@ class Family:
     pooled: Literal["", "last", "end"] = ""
     """The head reads one token that transformers finds by its place: the `last` of the batch, though it may be padding; or by its
     id: the `end` of the text, as often in every row. We look for it in each row (engine/models/pooling.py)."""
+    decoder_start: str = ""
+    """Key of config.json: the token with which a decoder begins, in a model that is built from scratch."""
     decoder_wraps: bool = False
     """A decoder begins with the last token of the text, its language, in place of a fixed one."""
+    position_tables: tuple[str, ...] = ()
+    """From the model: the encoder's and the decoder's learnt positions, which know of no documents in a row."""
     vocabulary_head: tuple[str, ...] = ()
     """From the model: what scores the vocabulary, one module behind the other; the first takes hidden states."""
     pair_head: tuple[str, ...] = ()
@@ -152,7 +157,7 @@ class Family:
 
     def why_not(self, operation: str) -> str | None:
         """Returns why an operation of OPERATIONS cannot be done, None where it can."""
-        if operation in PRETRAINED and not (self.packed and self.causal == PRETRAINED[operation]):
+        if operation in PRETRAINED and not (self.packed and (self.causal, len(self.stacks) == 2) == PRETRAINED[operation]):
             return self.cannot.get(
                 operation, "how they take the rows that it needs is not known (docs/models.md lists the families)"
             )
@@ -292,11 +297,22 @@ def _t5(side: str, count: str, ffn: str) -> Stack:
 _SHARED_TABLE = {"embeddings": "encoder and decoder share it"}
 _NO_HEADS = dict.fromkeys(HEADS.values(), "transformers has no such head for them")
 _NO_TAGS, _NO_SPANS = ({name: _NO_HEADS[name]} for name in ("tags", "spans"))
-_SEQ2SEQ = Family(plain_attention=True, hidden="d_model", pooled="end", cannot=_SHARED_TABLE)
-_BART_ROW = replace(_SEQ2SEQ, stacks=(_bart("encoder"), _bart("decoder")), cannot={**_SHARED_TABLE, **_NO_TAGS})
+_SEQ2SEQ = Family(
+    plain_attention=True, hidden="d_model", pooled="end", packed=True, vocabulary_head=("lm_head",), cannot=_SHARED_TABLE
+)
+_BART_ROW = replace(
+    _SEQ2SEQ,
+    stacks=(_bart("encoder"), _bart("decoder")),
+    neurons=("encoder_ffn_dim", "decoder_ffn_dim"),
+    decoder_start="eos_token_id",
+    position_tables=("model.encoder.embed_positions", "model.decoder.embed_positions"),
+    cannot={**_SHARED_TABLE, **_NO_TAGS},
+)
 _T5_ROW = replace(
     _SEQ2SEQ,
     stacks=(_t5("encoder", "num_layers", "layer.1"), _t5("decoder", "num_decoder_layers", "layer.2")),
+    neurons=("d_ff",),
+    decoder_start="pad_token_id",
     positions="relative",
     first_layer_stays=True,
 )
@@ -324,7 +340,7 @@ FAMILIES = {
         _BERT,
         stacks=(_DISTIL,),
         hidden="dim",
-        neurons="hidden_dim",
+        neurons=("hidden_dim",),
         vocabulary_head=("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
     ),
     "electra": replace(_BERT, as_wide=("embedding_size",), vocabulary_head=("generator_predictions", "generator_lm_head")),
@@ -335,15 +351,15 @@ FAMILIES = {
         plain_attention=True,
         token_types=False,
         hidden="n_embd",
-        neurons="n_inner",
+        neurons=("n_inner",),
         packed=True,
         causal=True,
         vocabulary_head=("lm_head",),
     ),
     "layoutlm": replace(_BERT, additive_mask=False, packed=False, cannot=_NO_SPANS),
     "llama": _DECODER,
-    "marian": replace(_BART_ROW, cannot={**_SHARED_TABLE, **_NO_HEADS}),
-    "mbart": replace(_BART_ROW, decoder_wraps=True),
+    "marian": replace(_BART_ROW, packed=False, position_tables=(), cannot={**_SHARED_TABLE, **_NO_HEADS}),
+    "mbart": replace(_BART_ROW, decoder_start="", decoder_wraps=True),
     "megatron-bert": _BERT,
     "mistral": replace(_DECODER, windowed=True),
     "modernbert": Family(
@@ -368,7 +384,7 @@ FAMILIES = {
     "xlnet": Family(
         (_XLNET,),
         hidden="d_model",
-        neurons="d_inner",
+        neurons=("d_inner",),
         positions="relative",
         pooled="last",
         float_mask=True,

@@ -79,6 +79,11 @@ class Objective(abc.ABC):
     """It asks where sentences begin."""
     columns: ClassVar[dict[str, int | None]]
     """{column of a packed row that `corrupt` gives: what stands where there is no token}; None: the padding token."""
+    beside: ClassVar[dict[str, int | None]] = {}
+    """The same of a second side, where what is read and what is written differ: a batch of it is as wide as its longest row. Its
+    position_ids and segments begin with `beside_`."""
+    added_tokens: ClassVar[tuple[str, ...]] = ()
+    """Special tokens that a vocabulary gets that is learnt for it."""
 
     @classmethod
     @abc.abstractmethod
@@ -111,6 +116,15 @@ class Objective(abc.ABC):
         import numpy as np
 
         return np.concatenate([piece.before, piece.tokens, piece.after]).astype(np.int64), {}
+
+    def row_lengths(self, lengths: np.ndarray) -> np.ndarray:
+        """Returns how many tokens of a row pieces of so many take, with their frame: it grows with their length."""
+        return lengths
+
+    def make(self, piece: Piece, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Returns all columns of a piece; those of one side are as long as each other."""
+        tokens, columns = self.arrange(piece, rng)
+        return {**columns, **self.corrupt(tokens, rng)}
 
     @abc.abstractmethod
     def corrupt(self, tokens_L: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:

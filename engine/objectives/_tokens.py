@@ -68,6 +68,15 @@ class Objective(objectives.Objective):
         return cross_entropy(model, hidden.flatten(0, 1)[predicted_M], predicted_M)
 
 
+def around(tokenizer: Any, what: str) -> tuple[list[int], list[int]]:
+    """Returns what a tokenizer puts before and after the tokens of a text: `input_ids` or `token_type_ids`."""
+    text = "a"
+    whole = tokenizer(text, return_token_type_ids=True)
+    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+    at = next(place for place in range(len(whole["input_ids"])) if whole["input_ids"][place : place + len(bare)] == bare)
+    return whole[what][:at], whole[what][at + len(bare) :]
+
+
 def hidden_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Returns the last hidden states of packed rows, shape (B, L, H)."""
     from engine.models.attention import packed_inputs

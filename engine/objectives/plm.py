@@ -58,13 +58,13 @@ class Objective(_tokens.Objective):
 
     @classmethod
     def of_tokenizer(cls, config: Config, tokenizer: Any) -> Objective:
-        return cls(config, tokenizer.all_special_ids, _around(tokenizer, "token_type_ids"))
+        return cls(config, tokenizer.all_special_ids, _tokens.around(tokenizer, "token_type_ids"))
 
     @classmethod
     def require(cls, tokenizer: Any) -> None:
         """Raises UserError when it has no padding token, or puts nothing around a text: the first token of an order sees that."""
         super().require(tokenizer)
-        if not any(_around(tokenizer, "input_ids")):
+        if not any(_tokens.around(tokenizer, "input_ids")):
             raise UserError(
                 f"{tokenizer.name_or_path}: this tokenizer puts no special token around a text, which {cls.says} needs: "
                 "set a post_processor in its tokenizer.json"
@@ -73,7 +73,7 @@ class Objective(_tokens.Objective):
     @classmethod
     def frame(cls, tokenizer: Any) -> Frame:
         """Returns what the tokenizer puts around a text: [CLS] before and [SEP] after it, or both after it, as XLNet's does."""
-        before, after = _around(tokenizer, "input_ids")
+        before, after = _tokens.around(tokenizer, "input_ids")
         return Frame(tuple(before), tuple(after))
 
     def arrange(self, piece: Piece, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -125,15 +125,6 @@ class Objective(_tokens.Objective):
         names = ("input_ids", "token_type_ids", "segments", "order")
         hidden_BMH = _hidden_of(model, dict.fromkeys(names, ids), targets_BM)
         return _tokens.cross_entropy(model, hidden_BMH.flatten(0, 1), targets_BM.flatten())
-
-
-def _around(tokenizer: Any, what: str) -> tuple[list[int], list[int]]:
-    """Returns what a tokenizer puts before and after the tokens of a text: `input_ids` or `token_type_ids`."""
-    text = "a"
-    whole = tokenizer(text, return_token_type_ids=True)
-    bare = tokenizer(text, add_special_tokens=False)["input_ids"]
-    at = next(place for place in range(len(whole["input_ids"])) if whole["input_ids"][place : place + len(bare)] == bare)
-    return whole[what][:at], whole[what][at + len(bare) :]
 
 
 def _query_stream(model: Any, batch: Batch) -> torch.Tensor:
