@@ -24,7 +24,6 @@ SHAPE = {"layers": 4, "hidden": 128, "heads": 2, "positions": 128}
 STAGE = "base"
 STEPS, CHECKED_STEPS = 300, 40
 BPE = {"type": "bpe", "vocab_size": 8192, "documents": 1000}
-UNIGRAM = {"type": "unigram", "vocab_size": 8192, "documents": 1000}
 WORDPIECE = {"type": "wordpiece", "vocab_size": 8192, "documents": 1000}
 
 
@@ -61,10 +60,10 @@ CASES = {
     "gpt2_clm": Case("gpt2", {"type": "clm"}, BPE),
     "xlnet_plm": Case("xlnet", {"type": "plm"}, WORDPIECE),
     "llama_clm": Case("llama", {"type": "clm"}, BPE),
-    "t5_spans": Case("t5", {"type": "span_corruption"}, UNIGRAM),
+    "t5_spans": Case("t5", {"type": "span_corruption"}, BPE),
     "bart_denoising": Case("bart", {"type": "denoising"}, BPE),
-    "mbart_denoising": Case("mbart", {"type": "denoising", "mask": 0.35, "mean_span": 3.5}, UNIGRAM),
-    "xlmr_mlm": Case("xlm-roberta", {"type": "mlm"}, UNIGRAM),
+    "mbart_denoising": Case("mbart", {"type": "denoising", "mask": 0.35, "mean_span": 3.5}, BPE),
+    "xlmr_mlm": Case("xlm-roberta", {"type": "mlm"}, BPE),
 }
 
 

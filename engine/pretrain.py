@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from engine.training.processes import Processes
 
 
-LEAST = {"wordpiece": 100, "bpe": 261, "unigram": 100}
+LEAST = {"wordpiece": 100, "bpe": 261}
 """Kind of vocabulary → its smallest size: letters, or bytes, and special tokens."""
 
 
 class NewTokenizer(Strict):
     """A vocabulary learnt from the training texts."""
 
-    type: Literal["wordpiece", "bpe", "unigram"] = "wordpiece"
-    """BERT's; GPT-2's and RoBERTa's pairs of bytes (at least 261 tokens); or the unigrams of XLM-R, T5 and mBART."""
+    type: Literal["wordpiece", "bpe"] = "wordpiece"
+    """BERT's, or GPT-2's and RoBERTa's pairs of bytes (at least 261 tokens)."""
     vocab_size: int = Field(30_522, ge=100)
     lowercase: bool | None = None
-    """Fold case; None: WordPiece does, the others do not."""
+    """Fold case; None: WordPiece does, BPE does not."""
     documents: int | None = Field(None, ge=1)
     """Learn from this many documents only, from the top."""
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = {
     "wordpiece": ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"),
     "bpe": ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token", "cls_token", "sep_token"),
-    "unigram": ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token", "cls_token", "sep_token"),
 }
 """Kind of vocabulary → the special tokens that its tokenizer has."""
 
@@ -39,8 +38,7 @@ def learn_tokenizer(
     """Learns a vocabulary and writes it as a tokenizer directory, complete or absent. The same texts give the same vocabulary.
 
     Args:
-        kind: `wordpiece`, as BERT has it (arXiv:1609.08144); with RoBERTa's special tokens `bpe` on bytes, as GPT-2 has it, or
-            `unigram`, as SentencePiece has it (arXiv:1804.10959).
+        kind: `wordpiece`, as BERT has it (arXiv:1609.08144), or `bpe` on bytes, as GPT-2 has it, with RoBERTa's special tokens.
         texts: one document each; they are read up to three times.
         vocab_size: largest vocabulary, special tokens included.
         lowercase: fold case; WordPiece then strips accents, too.
@@ -51,7 +49,7 @@ def learn_tokenizer(
         if kind == "wordpiece":
             _wordpiece(texts, vocab_size, lowercase, part).save_pretrained(part)
         else:
-            _framed(kind, texts, vocab_size, lowercase, list(added)).save_pretrained(part)
+            _bpe(texts, vocab_size, lowercase, list(added)).save_pretrained(part)
 
 
 @contextlib.contextmanager
@@ -149,26 +147,17 @@ def _wordpiece(texts: Texts, vocab_size: int, lowercase: bool, directory: Path) 
     return tokenizer
 
 
-def _framed(kind: str, texts: Texts, vocab_size: int, lowercase: bool, added: list[str]) -> PreTrainedTokenizerBase:
-    """Learns pairs of bytes or unigrams, with RoBERTa's special tokens around a text."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+def _bpe(texts: Texts, vocab_size: int, lowercase: bool, added: list[str]) -> PreTrainedTokenizerBase:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
-    learnt: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": [*names.values(), *added], "show_progress": False}
-    fold: list[Any] = [normalizers.Lowercase()] if lowercase else []
-    inside: Any
-    if kind == "bpe":
-        inside = Tokenizer(models.BPE())
-        inside.pre_tokenizer, inside.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-        trainer: Any = trainers.BpeTrainer(initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), **learnt)
-    else:
-        inside = Tokenizer(models.Unigram())
-        fold = [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), *fold]
-        inside.pre_tokenizer, inside.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(unk_token=names["unk_token"], **learnt)
-    if fold:
-        inside.normalizer = normalizers.Sequence(fold)
+    inside: Any = Tokenizer(models.BPE())
+    if lowercase:
+        inside.normalizer = normalizers.Lowercase()
+    inside.pre_tokenizer, inside.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet, special = sorted(pre_tokenizers.ByteLevel.alphabet()), [*names.values(), *added]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     inside.train_from_iterator(texts(), trainer)
     ends = [(token, inside.token_to_id(token)) for token in (names["bos_token"], names["eos_token"])]
     inside.post_processor = processors.TemplateProcessing(

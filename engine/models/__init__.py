@@ -116,7 +116,7 @@ def build_model(
     sizes |= {key: value for key, value in ids.items() if key == "pad_token_id" or getattr(defaults, key, None) is not None}
     sizes = {defaults.attribute_map.get(key, key): value for key, value in sizes.items()}  # some look at them at once
     config = AutoConfig.for_model(shape.family, vocab_size=vocab_size, **sizes)
-    return _auto_class(head).from_config(config, attn_implementation=attention or default_attention())
+    return _by_rows(_auto_class(head).from_config(config, attn_implementation=attention or default_attention()), head)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:

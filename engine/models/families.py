@@ -157,6 +157,8 @@ class Family:
 
     def why_not(self, operation: str) -> str | None:
         """Returns why an operation of OPERATIONS cannot be done, None where it can."""
+        if operation == "rewritten" and len(self.stacks) != 2:
+            return self.cannot.get(operation, "they have no decoder that reads an encoder")
         if operation in PRETRAINED and not (self.packed and (self.causal, len(self.stacks) == 2) == PRETRAINED[operation]):
             return self.cannot.get(
                 operation, "how they take the rows that it needs is not known (docs/models.md lists the families)"

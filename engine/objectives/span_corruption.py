@@ -65,7 +65,7 @@ class Objective(_seq2seq.Objective):
         if SENTINEL.format(0) not in tokenizer.get_vocab():
             raise UserError(
                 f"{tokenizer.name_or_path}: this tokenizer has no {SENTINEL.format(0)}, which {cls.says} needs: take "
-                "that of a T5, or learn one (tokenizer: {train: {type: unigram}})"
+                "that of a T5, or learn one (tokenizer: {train: {type: bpe}})"
             )
 
     def row_lengths(self, lengths: np.ndarray) -> np.ndarray:

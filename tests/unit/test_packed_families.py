@@ -12,9 +12,10 @@ from engine.models.families import FAMILIES
 from engine.objectives import REGISTRY, Frame, _tokens, clm
 from engine.randomness import generator
 
-HEAD = {"masked": "AutoModelForMaskedLM", "next": "AutoModelForCausalLM"}
-PACKED = [name for name, row in FAMILIES.items() if row.packed]
+HEAD = {"masked": "AutoModelForMaskedLM", "next": "AutoModelForCausalLM", "rewritten": "AutoModelForSeq2SeqLM"}
+PACKED = [name for name, row in FAMILIES.items() if row.packed and len(row.stacks) == 1]
 EVERY = pytest.mark.parametrize("family", PACKED)
+BUILT = [name for name, row in FAMILIES.items() if row.packed]
 PAD, BOS, EOS = 1, 2, 3
 IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "cls_token_id": BOS, "sep_token_id": EOS}
 DOCUMENTS = [list(range(10, 22)), list(range(30, 50)), [50, 51, 52]]
@@ -23,7 +24,7 @@ WINDOW = 4
 
 def model_of(family, vocabulary=64, **changes):
     torch.manual_seed(0)
-    operation = "next" if FAMILIES[family].causal else "masked"
+    operation = next(name for name in HEAD if FAMILIES[family].why_not(name) is None)
     shape = ScratchConfig(family=family, layers=2, hidden=32, heads=4, intermediate=48, positions=40)
     model = build_model(shape, HEAD[operation], vocabulary, IDS).eval()
     if model.config.model_type in ("modernbert", "mistral"):
@@ -62,12 +63,15 @@ def test_a_packed_document_gets_the_scores_that_it_gets_alone_and_those_of_trans
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
-@EVERY
+@pytest.mark.parametrize("family", BUILT)
 def test_a_new_model_has_the_size_that_was_asked_for(family):
     model = model_of(family)
     row = FAMILIES[family]
     assert model.config.num_hidden_layers == 2 and model.config.num_attention_heads == 4
-    assert getattr(model.config, row.hidden) == 32 and getattr(model.config, row.neurons) == 48
+    assert getattr(model.config, row.hidden) == 32
+    assert {getattr(model.config, name) for name in row.neurons} == {48}
+    assert {getattr(model.config, stack.count) for stack in row.stacks} == {2}
+    assert {getattr(model.config, stack.heads) for stack in row.stacks} == {4}
     assert model.get_input_embeddings().num_embeddings == 64
     assert max(parameter.shape[-1] for parameter in model.base_model.parameters() if parameter.dim() > 1) <= 128
     assert model.config.pad_token_id == PAD

@@ -129,7 +129,7 @@ REFUSED = {
     ),
     "bytes": (
         {"base": new_model("roberta", "mlm", {"train": {"type": "bpe", "vocab_size": 200}})},
-        "begin with 261 tokens: raise it",
+        "begins with 261 tokens: raise it",
     ),
     "tokenizer": (
         {"base": {"pretrain": pretrain_section(model="model")}},
