@@ -244,6 +244,17 @@ def test_stages_whose_inputs_have_not_been_made_are_planned_from_the_recipe(tmp_
     assert any("weights of the teacher" in item.formula for level in student.levels for item in level.need.items)
 
 
+@pytest.mark.parametrize(("family", "objective"), [("t5", "span_corruption"), ("bart", "denoising"), ("xlnet", "plm")])
+def test_a_new_model_and_the_classifier_that_is_made_of_it_are_planned(tmp_path, family, objective):
+    shape = {"family": family, "layers": 2, "hidden": 32, "heads": 4, "positions": 64}
+    vocabulary = {"train": {"type": "bpe", "vocab_size": 400}} if family != "xlnet" else {"train": {"vocab_size": 400}}
+    base = pretrain_section(model=shape, tokenizer=vocabulary, objective={"type": objective}, train=train_section(steps=2))
+    stages = {"base": {"pretrain": base}, "teacher": {"finetune": finetune_section(model="base")}}
+    for name in stages:
+        found = plan_stage(stage_of(tmp_path, stages=stages, name=name), CPU)
+        assert found.parameters and all(level.need.items for level in found.levels)
+
+
 def test_a_recipe_after_a_prune_that_has_not_run_says_so(tmp_path):
     stages = {**CHAIN, "again": {"finetune": finetune_section(model="slim")}}
     found = plan_stage(stage_of(tmp_path, stages=stages, name="again"), CPU)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForPreTraining, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from engine.config import load_recipe
 from engine.errors import UserError
@@ -25,11 +25,13 @@ from tests.recipes import (
 
 SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "positions": 64}
 BPE = {"train": {"type": "bpe", "vocab_size": 300}}
+SENTINELS = {"train": {"type": "bpe", "vocab_size": 400}}
 LONGER = train_section(steps=30, learning_rate=3e-3, evaluate_every=15)
 
 
-def new_model(family, objective, tokenizer=BPE, **changes):
+def new_model(family, objective, tokenizer=None, **changes):
     shape = {**SHAPE, "family": family}
+    tokenizer = tokenizer or (SENTINELS if objective == "span_corruption" else BPE)
     return {
         "pretrain": pretrain_section(model=shape, tokenizer=tokenizer, objective={"type": objective}, train=LONGER, **changes)
     }
@@ -54,6 +56,8 @@ def run_all(recipe, stages, runs):
 CASES = {"gpt2": ("clm", AutoModelForCausalLM), "llama": ("clm", AutoModelForCausalLM), "roberta": ("mlm", AutoModelForMaskedLM)}
 CASES |= {"bert": ("nsp", AutoModelForPreTraining), "albert": ("sop", AutoModelForPreTraining)}
 CASES |= {"xlnet": ("plm", AutoModelForCausalLM)}
+CASES |= {"t5": ("span_corruption", AutoModelForSeq2SeqLM), "bart": ("denoising", AutoModelForSeq2SeqLM)}
+CASES |= {"mbart": ("denoising", AutoModelForSeq2SeqLM)}
 CASES |= {"modernbert": ("mlm", AutoModelForMaskedLM), "electra": ("mlm", AutoModelForMaskedLM)}
 
 
@@ -127,6 +131,11 @@ REFUSED = {
         {"base": new_model("gpt2", "clm", {"train": {"vocab_size": 300}})},
         "wordpiece has no eos_token, which next-token prediction needs: set type: bpe",
     ),
+    "decoder": (
+        {"base": new_model("bert", "denoising")},
+        "models of type 'bert' cannot be pretrained to write a text: they have no decoder that reads an encoder",
+    ),
+    "sentinels": ({"base": new_model("t5", "span_corruption", BPE)}, "bpe begins with 361 tokens: raise it"),
     "bytes": (
         {"base": new_model("roberta", "mlm", {"train": {"type": "bpe", "vocab_size": 200}})},
         "begins with 261 tokens: raise it",
