@@ -54,17 +54,20 @@ class Objective(_seq2seq.Objective):
 
     def make(self, piece: Piece, rng: np.random.Generator) -> dict[str, np.ndarray]:
         target, _ = self.arrange(piece, rng)
-        text = np.asarray(piece.tokens, dtype=np.int64)
+        text = piece.tokens
         if self.config.permute_sentences and len(piece.sentences):
             sentences = np.split(text, piece.sentences)
             text = np.concatenate([sentences[number] for number in rng.permutation(len(sentences))])
-        return self.columns_of(np.concatenate([piece.before, self.infilled(text, rng), piece.after]).astype(np.int64), target)
+        return self._columns(text, target, rng)
 
     def corrupt(self, tokens_L: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Returns the columns of a text of one sentence, given with its frame."""
-        first, last = self.around[0], len(tokens_L) - self.around[1]
-        inside = self.infilled(tokens_L[first:last], rng)
-        return self.columns_of(np.concatenate([tokens_L[:first], inside, tokens_L[last:]]), tokens_L)
+        """Returns the columns of a text whose sentences stay in their order, given with its frame."""
+        return self._columns(tokens_L[self.around[0] : len(tokens_L) - self.around[1]], tokens_L, rng)
+
+    def _columns(self, text: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Returns the columns, given the text that is to be infilled and what the decoder writes, its frame among it."""
+        before, after = np.split(target, [self.around[0], len(target) - self.around[1]])[::2]
+        return self.columns_of(np.concatenate([before, self.infilled(text, rng), after]).astype(np.int64), target)
 
     def infilled(self, text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Returns a text with spans of it replaced by a [MASK] each, and as many more as spans of no token were drawn."""

@@ -83,12 +83,10 @@ class Objective(_seq2seq.Objective):
         seen_lengths = shares(kept, spans, rng) if kept else np.zeros(spans, dtype=np.int64)
         turns = np.stack([seen_lengths, shares(hidden, spans, rng)], axis=1)
         is_hidden = np.repeat(np.tile([False, True], spans), turns.flatten())
-        ends = np.cumsum(turns.sum(1))
         sentinels = self.sentinels[:spans]
         source = np.insert(text[~is_hidden], np.cumsum(turns[:, 0]), sentinels)
         starts = np.cumsum(turns[:, 1]) - turns[:, 1]
         target = np.insert(text[is_hidden], starts, sentinels)
-        assert ends[-1] == len(text)
         return self.columns_of(np.concatenate([tokens_L[:first], source, tokens_L[last:]]), np.append(target, self.end))
 
     @classmethod
