@@ -11,6 +11,7 @@ import numpy as np
 
 from engine.data.batches import BatchPlan
 from engine.data.packing import PackedRows
+from engine.objectives import BESIDE
 from engine.randomness import generator
 
 if TYPE_CHECKING:
@@ -20,10 +21,8 @@ if TYPE_CHECKING:
     from engine.objectives import Objective, Piece
 
 PROBE_LOGITS = 64
-BESIDE = "beside_"
-"""Begins the names of position_ids and segments of a second side."""
 MULTIPLE = 16
-"""Its width is one of this: few shapes, whole vectors."""
+"""The width of a second side is one of this: few shapes, whole vectors."""
 
 
 class PackedBatches:
@@ -44,11 +43,7 @@ class PackedBatches:
         self.frame = objective.frame(tokenizer)
         around = np.asarray([len(self.frame.before), len(self.frame.after)])
         self.between = [] if self.frame.between is None else [self.frame.between]
-        framed = int(around.sum()) + len(self.between)
-        most = length - framed
-        while objective.row_lengths(np.asarray(most + framed + 1)) <= length:
-            most += 1
-        self.windows = corpus.windows(most)
+        self.windows = corpus.windows(objective.longest(length, int(around.sum()) + len(self.between)))
         # Whether what stands before a text stands before each piece, and what stands behind it behind it.
         self.framed = self.frame.pieces | corpus.borders(self.windows)
         lengths = self.windows[:, 1] - self.windows[:, 0] + self.framed @ around + len(self.between)

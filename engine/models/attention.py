@@ -129,9 +129,9 @@ def permuted_inputs(
 
 def vocabulary_scores(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Returns the scores of the vocabulary, shape (…, V), for hidden states of shape (…, H)."""
-    if getattr(model.config, "scale_decoder_outputs", False):
-        hidden = hidden * model.config.d_model**-0.5  # T5's first version: its table of tokens has a spread of 1
-    for name in family_of(model.config.model_type).vocabulary_head:
+    family = family_of(model.config.model_type)
+    if getattr(model.config, family.vocabulary_scale, False):
+        hidden = hidden * getattr(model.config, family.hidden) ** -0.5
+    for name in family.vocabulary_head:
         hidden = model.get_submodule(name)(hidden)
-    bias = getattr(model, "final_logits_bias", None)
-    return hidden if bias is None else hidden + bias[0]
+    return hidden + getattr(model, family.vocabulary_bias)[0] if family.vocabulary_bias else hidden

@@ -139,6 +139,10 @@ class Family:
     """From the model: the encoder's and the decoder's learnt positions, which know of no documents in a row."""
     vocabulary_head: tuple[str, ...] = ()
     """From the model: what scores the vocabulary, one module behind the other; the first takes hidden states."""
+    vocabulary_scale: str = ""
+    """Key of config.json: hidden states are divided by the root of their width before they are scored."""
+    vocabulary_bias: str = ""
+    """From the model: what is added to the scores."""
     pair_head: tuple[str, ...] = ()
     """From the model: what scores a pair of texts, one module behind the other; the first takes the first token's state."""
     two_streams: bool = False
@@ -306,6 +310,7 @@ _BART_ROW = replace(
     _SEQ2SEQ,
     stacks=(_bart("encoder"), _bart("decoder")),
     neurons=("encoder_ffn_dim", "decoder_ffn_dim"),
+    vocabulary_bias="final_logits_bias",
     decoder_start="eos_token_id",
     position_tables=("model.encoder.embed_positions", "model.decoder.embed_positions"),
     cannot={**_SHARED_TABLE, **_NO_TAGS},
@@ -314,6 +319,7 @@ _T5_ROW = replace(
     _SEQ2SEQ,
     stacks=(_t5("encoder", "num_layers", "layer.1"), _t5("decoder", "num_decoder_layers", "layer.2")),
     neurons=("d_ff",),
+    vocabulary_scale="scale_decoder_outputs",
     decoder_start="pad_token_id",
     positions="relative",
     first_layer_stays=True,

@@ -40,17 +40,18 @@ def _last_token(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tenso
     return SequenceClassifierOutput(logits=logits_BC, hidden_states=output.hidden_states, attentions=output.attentions)
 
 
-def _shifted(model: Any, ids_BL: torch.Tensor, attended_BL: torch.Tensor) -> torch.Tensor:
-    """Returns what a decoder reads: the text behind a first token, which is a fixed one or that which ends each text.
+def decoder_start(config: Any) -> int:
+    """Returns the token with which a decoder begins: without one in the configuration that of padding, as in T5."""
+    start: int | None = getattr(config, "decoder_start_token_id", None)
+    return config.pad_token_id if start is None else start
 
-    Without one in the configuration that is the padding token, as in T5.
-    """
-    config = model.config
-    start = config.pad_token_id if config.decoder_start_token_id is None else config.decoder_start_token_id
+
+def _shifted(model: Any, ids_BL: torch.Tensor, attended_BL: torch.Tensor) -> torch.Tensor:
+    """Returns what a decoder reads: the text behind a first token, which is a fixed one or that which ends each text."""
     if family_of(model.config.model_type).decoder_wraps:
         first_B1 = ids_BL.gather(1, last_of(attended_BL)[:, None])
     else:
-        first_B1 = torch.full_like(ids_BL[:, :1], start)
+        first_B1 = torch.full_like(ids_BL[:, :1], decoder_start(model.config))
     return torch.cat([first_B1, ids_BL[:, :-1]], dim=1)
 
 

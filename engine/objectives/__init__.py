@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     Batch = dict[str, torch.Tensor]
     Parts = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
+BESIDE = "beside_"
+"""Begins the names of position_ids and segments of a second side of packed rows."""
 DEFAULT = "mlm"
 """What a recipe that names no objective gets."""
 REGISTRY = Registry("objective", __name__, __path__, "bothways.objectives", DEFAULT)
@@ -80,8 +82,8 @@ class Objective(abc.ABC):
     columns: ClassVar[dict[str, int | None]]
     """{column of a packed row that `corrupt` gives: what stands where there is no token}; None: the padding token."""
     beside: ClassVar[dict[str, int | None]] = {}
-    """The same of a second side, where what is read and what is written differ: a batch of it is as wide as its longest row. Its
-    position_ids and segments begin with `beside_`."""
+    """The same of a second side, where what is read and what is written differ: a batch of it is as wide as its longest row. The
+    names of its position_ids and segments begin with BESIDE."""
     added_tokens: ClassVar[tuple[str, ...]] = ()
     """Special tokens that a vocabulary gets that is learnt for it."""
 
@@ -120,6 +122,15 @@ class Objective(abc.ABC):
     def row_lengths(self, lengths: np.ndarray) -> np.ndarray:
         """Returns how many tokens of a row pieces of so many take, with their frame: it grows with their length."""
         return lengths
+
+    def longest(self, length: int, framed: int) -> int:
+        """Returns how many tokens a text has, at most, that fits rows of `length` tokens with `framed` more around it."""
+        import numpy as np
+
+        text = length - framed
+        while self.row_lengths(np.asarray(text + framed + 1)) <= length:
+            text += 1
+        return text
 
     def make(self, piece: Piece, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns all columns of a piece; those of one side are as long as each other."""

@@ -5,11 +5,12 @@ Shapes: B rows, L tokens of a row of one side, M tokens of the decoder that are 
 
 from __future__ import annotations
 
+import abc
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from engine.objectives import Frame, _tokens
+from engine.objectives import BESIDE, Frame, _tokens
 from engine.objectives._tokens import IGNORED
 
 if TYPE_CHECKING:
@@ -27,14 +28,17 @@ class Objective(_tokens.Objective):
     head = "AutoModelForSeq2SeqLM"
     operation = "rewritten"
     special_tokens: ClassVar[tuple[str, ...]] = ("eos_token", "pad_token")
-    decoder_rows: ClassVar[bool]
-    """Rows are as long as the decoder's side says, not the encoder's."""
+    around: tuple[int, int]
+    """How many tokens stand before and after a text."""
 
     @classmethod
     def frame(cls, tokenizer: Any) -> Frame:
         """Returns what the tokenizer puts around a text."""
-        before, after = _tokens.around(tokenizer, "input_ids")
-        return Frame(tuple(before), tuple(after))
+        return _tokens.frame_of(tokenizer)
+
+    def split(self, tokens_L: np.ndarray) -> list[np.ndarray]:
+        """Returns what stands before a text, the text, and what stands after it."""
+        return np.split(tokens_L, [self.around[0], len(tokens_L) - self.around[1]])
 
     @staticmethod
     def columns_of(source: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
@@ -47,7 +51,7 @@ class Objective(_tokens.Objective):
         Args:
             model: an encoder and a decoder of a family that takes packed rows.
             batch: input_ids, and position_ids and segments of their side, each (B, L) int64; decoder_input_ids and labels, and
-                position_ids and segments of theirs; those of the side that does not say how long rows are begin with `beside_`.
+                position_ids and segments of theirs; those of the side that does not say how long rows are begin with BESIDE.
 
         Returns:
             (summed loss, number of the decoder's tokens), two scalars.
@@ -63,26 +67,32 @@ class Objective(_tokens.Objective):
         """Returns the decoder's last hidden states, shape (B, L, H)."""
         from engine.models.attention import packed_decoder
         from engine.models.families import family_of
+        from engine.models.pooling import decoder_start
 
-        encoder, decoder = ("beside_", "") if cls.decoder_rows else ("", "beside_")
+        encoder, decoder = cls.prefixes()
         segments, positions = batch[f"{decoder}segments"], batch[f"{decoder}position_ids"]
         ids = batch["decoder_input_ids"]
         if not family_of(model.config.model_type).decoder_wraps:
-            ids = ids.masked_fill((positions == 0) & (segments > 0), model.config.decoder_start_token_id)
+            ids = ids.masked_fill((positions == 0) & (segments > 0), decoder_start(model.config))
         source = (batch["input_ids"], batch[f"{encoder}segments"], batch[f"{encoder}position_ids"])
         return packed_decoder(model, source, (ids, segments, positions))
 
     @classmethod
+    def prefixes(cls) -> tuple[str, str]:
+        """Returns how the names of the encoder's and of the decoder's position_ids and segments begin."""
+        return (BESIDE, "") if "labels" in cls.columns else ("", BESIDE)
+
+    @classmethod
+    @abc.abstractmethod
     def sides(cls, config: Any, length: int) -> tuple[int, int]:
         """Returns how many tokens the encoder and the decoder have of rows of `length` tokens that hold one piece each."""
-        raise NotImplementedError
 
     @classmethod
     def made_up_loss(cls, config: Any, model: Any, rows: int, length: int) -> torch.Tensor:
         import torch
 
         ids = [torch.zeros(rows, size, dtype=torch.int64) for size in cls.sides(config, length)]
-        encoder, decoder = ("beside_", "") if cls.decoder_rows else ("", "beside_")
+        encoder, decoder = cls.prefixes()
         names = {"input_ids": 0, f"{encoder}segments": 0, f"{encoder}position_ids": 0}
         names |= {"decoder_input_ids": 1, f"{decoder}segments": 1, f"{decoder}position_ids": 1}
         hidden = cls.hidden(model, {name: ids[side] for name, side in names.items()})

@@ -77,6 +77,12 @@ def around(tokenizer: Any, what: str) -> tuple[list[int], list[int]]:
     return whole[what][:at], whole[what][at + len(bare) :]
 
 
+def frame_of(tokenizer: Any) -> objectives.Frame:
+    """Returns what a tokenizer puts around a text."""
+    before, after = around(tokenizer, "input_ids")
+    return objectives.Frame(tuple(before), tuple(after))
+
+
 def hidden_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Returns the last hidden states of packed rows, shape (B, L, H)."""
     from engine.models.attention import packed_inputs

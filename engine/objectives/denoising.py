@@ -41,7 +41,6 @@ class Objective(_seq2seq.Objective):
     special_tokens = (*_seq2seq.Objective.special_tokens, "mask_token")
     columns = _seq2seq.DECODER
     beside = _seq2seq.ENCODER
-    decoder_rows = True
     sentences = True
 
     def __init__(self, config: Config, mask_id: int, around: tuple[int, int]) -> None:
@@ -62,11 +61,11 @@ class Objective(_seq2seq.Objective):
 
     def corrupt(self, tokens_L: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns the columns of a text whose sentences stay in their order, given with its frame."""
-        return self._columns(tokens_L[self.around[0] : len(tokens_L) - self.around[1]], tokens_L, rng)
+        return self._columns(self.split(tokens_L)[1], tokens_L, rng)
 
     def _columns(self, text: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns the columns, given the text that is to be infilled and what the decoder writes, its frame among it."""
-        before, after = np.split(target, [self.around[0], len(target) - self.around[1]])[::2]
+        before, _, after = self.split(target)
         return self.columns_of(np.concatenate([before, self.infilled(text, rng), after]).astype(np.int64), target)
 
     def infilled(self, text: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -73,8 +73,7 @@ class Objective(_tokens.Objective):
     @classmethod
     def frame(cls, tokenizer: Any) -> Frame:
         """Returns what the tokenizer puts around a text: [CLS] before and [SEP] after it, or both after it, as XLNet's does."""
-        before, after = _tokens.around(tokenizer, "input_ids")
-        return Frame(tuple(before), tuple(after))
+        return _tokens.frame_of(tokenizer)
 
     def arrange(self, piece: Piece, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         tokens, _ = super().arrange(piece, rng)

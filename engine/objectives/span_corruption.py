@@ -46,7 +46,6 @@ class Objective(_seq2seq.Objective):
     says = "span corruption"
     columns = _seq2seq.ENCODER
     beside = _seq2seq.DECODER
-    decoder_rows = False
     added_tokens = tuple(SENTINEL.format(number) for number in range(SENTINELS))
 
     def __init__(self, config: Config, sentinels: list[int], around: tuple[int, int], end: int) -> None:
@@ -75,8 +74,7 @@ class Objective(_seq2seq.Objective):
 
     def corrupt(self, tokens_L: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns input_ids, decoder_input_ids and labels, which have other lengths than the tokens."""
-        first, last = self.around[0], len(tokens_L) - self.around[1]
-        text = tokens_L[first:last]
+        before, text, after = self.split(tokens_L)
         hidden, spans = (int(number) for number in parts(np.asarray(len(text)), self.config, len(self.sentinels)))
         kept = len(text) - hidden
         # What is seen and what is hidden take turns, and begin with what is seen.
@@ -87,14 +85,13 @@ class Objective(_seq2seq.Objective):
         source = np.insert(text[~is_hidden], np.cumsum(turns[:, 0]), sentinels)
         starts = np.cumsum(turns[:, 1]) - turns[:, 1]
         target = np.insert(text[is_hidden], starts, sentinels)
-        return self.columns_of(np.concatenate([tokens_L[:first], source, tokens_L[last:]]), np.append(target, self.end))
+        return self.columns_of(np.concatenate([before, source, after]), np.append(target, self.end))
 
     @classmethod
     def sides(cls, config: Config, length: int) -> tuple[int, int]:
-        text = length
-        while sides_of(text + 1, config)[0] <= length:
-            text += 1
-        return length, sides_of(text, config)[1]
+        text = cls(config, list(range(SENTINELS)), (0, 1), 0).longest(length, 1)
+        hidden, spans = parts(np.asarray(text), config)
+        return length, int(hidden + spans) + 1
 
 
 def parts(lengths: np.ndarray, config: Config, sentinels: int = SENTINELS) -> tuple[np.ndarray, np.ndarray]:
@@ -105,12 +102,6 @@ def parts(lengths: np.ndarray, config: Config, sentinels: int = SENTINELS) -> tu
     hidden = np.clip(np.rint(lengths * config.mask), 1, np.maximum(lengths - 1, 1)).astype(np.int64)
     most = np.minimum(np.minimum(hidden, np.maximum(lengths - hidden, 1)), sentinels)
     return hidden, np.clip(np.rint(hidden / config.mean_span), 1, most).astype(np.int64)
-
-
-def sides_of(length: int, config: Config) -> tuple[int, int]:
-    """Returns how many tokens the encoder reads and the decoder writes of a text of `length` tokens, each with an end."""
-    hidden, spans = parts(np.asarray(length), config)
-    return int(length - hidden + spans) + 1, int(hidden + spans) + 1
 
 
 def shares(total: int, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -160,7 +160,7 @@ def test_the_loss_of_packed_rows_is_that_of_transformers_own_class_on_each_docum
     model.save_pretrained(tmp_path)
     batch = batches.collate(0, np.arange(5))
     tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
-    encoder, decoder = ("beside_", "") if objective.decoder_rows else ("", "beside_")
+    encoder, decoder = objective.prefixes()
     plain = load_model(tmp_path, "AutoModelForSeq2SeqLM").eval()
     total = count = 0
     with torch.no_grad():
@@ -185,8 +185,8 @@ def test_gradients_reach_every_weight(tokenizer, family, module):
 
 @EACH
 def test_a_new_model_has_the_size_that_was_asked_for_and_knows_where_a_decoder_begins(tokenizer, family, module):
-    config = model_of(family, tokenizer).config
     model = model_of(family, tokenizer)
+    config = model.config
     assert len(list(model.get_decoder().parameters())) and sum("decoder" in name for name, _ in model.named_parameters())
     start = {"t5": tokenizer.pad_token_id, "mt5": tokenizer.pad_token_id, "bart": tokenizer.eos_token_id, "mbart": None}[family]
     assert getattr(config, "decoder_start_token_id", None) == start
