@@ -235,6 +235,10 @@ def _by_rows(model: PreTrainedModel, head: str) -> PreTrainedModel:
         from engine.models.pooling import pool_each_row
 
         pool_each_row(model)
+    elif head in HEADS and family_of(model.config.model_type).decoder_wraps:
+        from engine.models.pooling import write_each_row
+
+        write_each_row(model)
     return model
 
 

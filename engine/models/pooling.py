@@ -76,6 +76,18 @@ def _end_of_text(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tens
     )
 
 
+def write_each_row(model: Any) -> None:
+    """Lets the decoder of each row begin with its own last token, in place: transformers' way to find it needs more rows than one
+    once the model is a graph."""
+
+    def told(_: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        ids_BL = options["input_ids"]
+        attended_BL = options.get("attention_mask", torch.ones_like(ids_BL))
+        return inputs, {**options, "decoder_input_ids": _shifted(model, ids_BL, attended_BL)}
+
+    model.register_forward_pre_hook(told, with_kwargs=True)
+
+
 _FORWARDS = {"last": _last_token, "end": _end_of_text}
 
 
