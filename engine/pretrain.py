@@ -16,6 +16,7 @@ from engine.data.splits import DataConfig
 from engine.data.vocabulary import SPECIAL_TOKENS
 from engine.errors import UserError
 from engine.models import ScratchConfig
+from engine.models.families import family_of
 from engine.objectives import AnyObjective, default_objective, objective_class
 from engine.stages import heartbeat
 from engine.stages.stage import Stage, stage_main
@@ -129,11 +130,19 @@ class PretrainConfig(Trained):
                 f"sequence_length={self.sequence_length} is above model.positions={self.shape.positions}: "
                 "lower the first or raise the second"
             )
+        if self.shape is not None and family_of(self.shape.family).positions != "relative":
+            self.check_sides(self.shape.positions, "model.positions")
         if not self.data.validation:
             raise ValueError("data.validation is needed to measure the loss: give a file or a share such as 2%")
         if self.data.slices:
             raise ValueError("data.slices: pretraining judges no single rows: say it in the stage that fine-tunes")
         return self
+
+    def check_sides(self, positions: int, of: str) -> None:
+        """Raises ValueError when the objective makes more tokens of a row than a model has positions."""
+        if (most := max(objective_class(self.objective).sides(self.objective, self.sequence_length))) > positions:
+            written = f"sequence_length={self.sequence_length} lets the decoder write {most} tokens"
+            raise ValueError(f"{written}, above the {positions} of {of}: lower it, or objective.mask")
 
 
 def run(stage: Stage[PretrainConfig]) -> None:
@@ -232,6 +241,11 @@ def _model(stage: Stage[PretrainConfig], chosen: type[Objective], tokenizer: Any
     positions = positions_of(model.config.to_dict())
     if positions is not None and stage.config.sequence_length > positions:
         raise UserError(f"sequence_length={stage.config.sequence_length} is above the {positions} positions of '{reference}'")
+    if positions is not None:
+        try:
+            stage.config.check_sides(positions, f"'{reference}'")
+        except ValueError as error:
+            raise UserError(str(error)) from None
     new = not has_head(model, path)
     said = [f"'{reference}' has nothing that scores the vocabulary: it begins at random"] if new else []
     said += fit_tokenizer(model, tokenizer)

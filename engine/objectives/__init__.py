@@ -169,6 +169,11 @@ class Objective(abc.ABC):
         """Returns the number of targets of packed rows."""
 
     @classmethod
+    def sides(cls, config: Any, length: int) -> tuple[int, ...]:
+        """Returns how many tokens each side has of rows of `length` tokens that hold one piece each."""
+        return (length,)
+
+    @classmethod
     @abc.abstractmethod
     def made_up_loss(cls, config: Any, model: Any, rows: int, length: int) -> torch.Tensor:
         """Returns a loss of rows of `length` tokens that mean nothing: `bothways plan` measures what it takes."""

@@ -5,7 +5,6 @@ Shapes: B rows, L tokens of a row of one side, M tokens of the decoder that are 
 
 from __future__ import annotations
 
-import abc
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class Objective(_tokens.Objective):
-    """The columns are input_ids of the encoder; decoder_input_ids and labels of the decoder, one token apart.
+    """The columns are input_ids of the encoder; decoder_input_ids and labels of the decoder, one token apart. `sides` are the
+    encoder's and the decoder's.
 
     Where the decoder begins is the model's own: a fixed token, or, as mBART has it, the last of the text, its language.
     """
@@ -81,11 +81,6 @@ class Objective(_tokens.Objective):
     def prefixes(cls) -> tuple[str, str]:
         """Returns how the names of the encoder's and of the decoder's position_ids and segments begin."""
         return (BESIDE, "") if "labels" in cls.columns else ("", BESIDE)
-
-    @classmethod
-    @abc.abstractmethod
-    def sides(cls, config: Any, length: int) -> tuple[int, int]:
-        """Returns how many tokens the encoder and the decoder have of rows of `length` tokens that hold one piece each."""
 
     @classmethod
     def made_up_loss(cls, config: Any, model: Any, rows: int, length: int) -> torch.Tensor:

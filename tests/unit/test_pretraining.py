@@ -118,6 +118,12 @@ def test_a_body_alone_gets_a_head_that_knows_the_frequencies_and_says_so(tmp_pat
     assert np.exp(bias).sum() == pytest.approx(1.0, abs=0.1) and bias.std() > 1
 
 
+def written(family):
+    stage = new_model(family, "span_corruption", sequence_length=64)
+    stage["pretrain"]["objective"] |= {"mask": 0.9}
+    return stage
+
+
 REFUSED = {
     "objective": ({"base": new_model("gpt2", "mlm")}, "models of type 'gpt2' cannot be pretrained to predict masked tokens"),
     "pairs": ({"base": new_model("roberta", "nsp")}, "models of type 'roberta' cannot be pretrained to judge pairs of texts"),
@@ -134,6 +140,10 @@ REFUSED = {
     "decoder": (
         {"base": new_model("bert", "denoising")},
         "models of type 'bert' cannot be pretrained to write a text: they have no decoder that reads an encoder",
+    ),
+    "written": (
+        {"base": written("bart")},
+        "sequence_length=64 lets the decoder write 316 tokens, above the 64 of model.positions: lower it, or objective.mask",
     ),
     "sentinels": ({"base": new_model("t5", "span_corruption", BPE)}, "bpe begins with 361 tokens: raise it"),
     "bytes": (
@@ -176,3 +186,17 @@ def test_a_new_domain_is_learnt_without_the_task_of_the_run_that_the_model_comes
     recipe = write_recipe(tmp_path, {"more": going_on(str(teacher))}, name="other")
     check(recipe)
     assert run_here(recipe, "more", runs).directory.exists()
+
+
+def test_a_decoder_may_write_as_much_as_it_will_where_positions_are_relative(tmp_path):
+    check(write_recipe(tmp_path, {"base": written("t5")}))
+
+
+def test_a_model_that_goes_on_has_positions_for_what_its_decoder_writes(tmp_path):
+    small = new_model("bart", "span_corruption")
+    small["pretrain"]["train"] = train_section(steps=1)
+    more = going_on("base", objective={"type": "span_corruption", "mask": 0.9}, sequence_length=64)
+    recipe = write_recipe(tmp_path, {"base": small, "more": more})
+    run_here(recipe, "base", tmp_path / "runs")
+    with pytest.raises(UserError, match="lets the decoder write 316 tokens, above the 64 of 'base'"):
+        run_here(recipe, "more", tmp_path / "runs")

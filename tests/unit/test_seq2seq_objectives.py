@@ -47,6 +47,7 @@ def batches_of(objective, tokenizer, length=LENGTH):
 def test_a_learnt_vocabulary_is_the_same_again_and_gives_the_text_back(tokenizer, tmp_path):
     learn_tokenizer("bpe", texts, 400, False, tmp_path / "again", span_corruption.Objective.added_tokens)
     assert load_tokenizer(tmp_path / "again").get_vocab() == tokenizer.get_vocab()
+    assert len(tokenizer) <= 400
     text = "the dogs sang on green hills"
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     assert tokenizer("x <extra_id_7>")["input_ids"][-2] == tokenizer.get_vocab()["<extra_id_7>"]
@@ -94,6 +95,22 @@ def test_infilling_hides_the_share_keeps_the_order_and_never_grows(length, mask,
     kept = found[found != 4]
     assert len(found) <= length and (np.diff(kept) > 0).all()
     assert length - len(kept) in (int(length * mask), int(length * mask) + 1)
+
+
+def test_the_share_that_is_hidden_is_met_on_average_also_of_short_texts():
+    objective = denoising.Objective(denoising.Config(permute_sentences=False), 4, (0, 0))
+    hidden = [7 - int((objective.infilled(np.arange(100, 107), generator(seed)) != 4).sum()) for seed in range(600)]
+    assert np.mean(hidden) == pytest.approx(0.3 * 7, rel=0.03)
+
+
+def test_a_decoder_whose_configuration_names_no_first_token_begins_with_padding(tokenizer):
+    objective, model = objective_of(span_corruption, tokenizer), model_of("t5", tokenizer)
+    batch = batches_of(objective, tokenizer).collate(0, np.arange(2))
+    tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+    with torch.no_grad():
+        named = objective.loss(model, tensors)[0]
+        model.config.decoder_start_token_id = None
+        assert objective.loss(model, tensors)[0] == named
 
 
 def test_infilled_spans_have_the_mean_of_their_poisson_distribution():
@@ -150,6 +167,9 @@ def model_of(family, tokenizer):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name == "final_logits_bias":
+                buffer.add_(torch.randn_like(buffer))
     return model
 
 
@@ -190,6 +210,7 @@ def test_a_new_model_has_the_size_that_was_asked_for_and_knows_where_a_decoder_b
     assert len(list(model.get_decoder().parameters())) and sum("decoder" in name for name, _ in model.named_parameters())
     start = {"t5": tokenizer.pad_token_id, "mt5": tokenizer.pad_token_id, "bart": tokenizer.eos_token_id, "mbart": None}[family]
     assert getattr(config, "decoder_start_token_id", None) == start
+    assert getattr(config, "forced_eos_token_id", None) in (None, tokenizer.eos_token_id)
     sizes = [matrix.shape for name, matrix in model.named_parameters() if "fc1.weight" in name or "wi" in name]
     assert len(sizes) >= 4 and {size[0] for size in sizes} == {128}
 
