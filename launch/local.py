@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from engine import hashes
+from engine.cpu import cores
 from engine.data.batches import accumulation_steps, most_processes
 from engine.errors import USER_ERROR, UserError
 from engine.gpu import gpus
 from engine.stages.rank import ERROR_DIRECTORY, LOGS
 from engine.stages.stage import Stage
 from engine.training.zero import Host, read_zero_config, zero_config_of
-from launch.machine import cores
 from launch.nodes.link import Link, gather, host_name, lives
 from launch.nodes.place import Place, Supervision, network
 from launch.operators import needed_operators, prepare

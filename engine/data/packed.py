@@ -101,7 +101,7 @@ class PackedBatches:
             second = [name for name in columns[0] if name in self.objective.beside or name.startswith(BESIDE)]
             columns = [{**column, **self._filled({name: column[name] for name in second}, widest)} for column in columns]
         arrays = {name: np.stack([column[name] for column in columns]) for name in columns[0]}
-        batch: Batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        batch: Batch = {name: torch.from_numpy(array) for name, array in (arrays | self.objective.placed(arrays)).items()}
         batch["count"] = self.objective.count(arrays)
         batch["tokens"] = sum(int((arrays[name] > 0).sum()) for name in ("segments", f"{BESIDE}segments") if name in arrays)
         return batch

@@ -158,11 +158,19 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def loss(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (summed loss, number of targets) of packed rows: `columns`, position_ids and segments, each (B, L) int64."""
+        """Returns (summed loss, number of targets) of packed rows: `columns`, position_ids and segments, each (B, L) int64, and
+        what `placed` gives."""
 
     def measure(self, model: Any, batch: Batch) -> Parts:
         """Returns what held-out rows are judged by, `loss` among it, as (sum, number): an average is shown of each."""
         return {"loss": self.loss(model, batch)}
+
+    def placed(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns what packed rows hold beside their columns, of any shape: where that stands which a loss picks out of them.
+
+        It is found beside the step before: a GPU would have to be waited for.
+        """
+        return {}
 
     @abc.abstractmethod
     def count(self, arrays: dict[str, np.ndarray]) -> int:

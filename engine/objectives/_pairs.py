@@ -59,6 +59,9 @@ class Objective(mlm.Objective):
         columns["pair_labels"][0], columns["pair_tokens"][0] = label, len(tokens)
         return tokens, columns
 
+    def placed(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {**super().placed(arrays), "pairs": _tokens.chosen(arrays["pair_labels"])}
+
     def logits(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Returns the scores of the pairs, and those of the predicted tokens, one behind the other."""
         import torch
@@ -71,23 +74,24 @@ class Objective(mlm.Objective):
 
     def measure(self, model: Any, batch: dict[str, torch.Tensor]) -> Parts:
         """Returns loss, the loss of masked tokens alone, and the percentage of pairs that were told right."""
+        import torch
         from torch.nn import functional
 
         hidden = _tokens.hidden_of(model, batch)
         masked, count = _tokens.token_loss(model, hidden, batch)
-        judged_BL = batch["pair_labels"] != IGNORED
-        labels_P, scores_P2 = batch["pair_labels"][judged_BL], _pair_scores(model, hidden, batch).float()
+        labels_P, weights_P = (_tokens.picked(batch[name], batch["pairs"]) for name in ("pair_labels", "pair_tokens"))
+        scores_P2 = _pair_scores(model, hidden, batch).float()
         each_P = functional.cross_entropy(scores_P2, labels_P, reduction="none")
-        pairs = (each_P * batch["pair_tokens"][judged_BL]).sum() * self.config.mask
-        right = 100.0 * (scores_P2.argmax(-1) == labels_P).sum()
-        return {"loss": (masked + pairs, count), "masked_loss": (masked, count), "pair_accuracy": (right, judged_BL.sum())}
+        pairs = (each_P * weights_P).sum() * self.config.mask
+        right = (100.0 * (scores_P2.argmax(-1) == labels_P).sum(), torch.tensor(len(labels_P)))
+        return {"loss": (masked + pairs, count), "masked_loss": (masked, count), "pair_accuracy": right}
 
 
 def _pair_scores(model: Any, hidden_BLH: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Returns the scores of the pairs, shape (P, 2)."""
     from engine.models.families import family_of
 
-    scores = hidden_BLH[batch["pair_labels"] != IGNORED]
+    scores = _tokens.picked(hidden_BLH, batch["pairs"])
     for name in family_of(model.config.model_type).pair_head:
         scores = model.get_submodule(name)(scores)
     return scores

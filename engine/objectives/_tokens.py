@@ -38,7 +38,8 @@ class Objective(objectives.Objective):
 
         Args:
             model: with the head of this objective, of a family that takes packed rows.
-            batch: input_ids, position_ids, segments, labels, each (B, L) int64; segment 0 is padding.
+            batch: input_ids, position_ids, segments, labels, each (B, L) int64; segment 0 is padding; predicted (M,), places in
+                the flattened rows.
 
         Returns:
             (summed loss, number of predicted tokens), two scalars.
@@ -48,6 +49,9 @@ class Objective(objectives.Objective):
     def logits(self, model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Returns the scores of the predicted tokens, shape (M, V)."""
         return token_logits(model, hidden_of(model, batch), batch)
+
+    def placed(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"predicted": chosen(arrays["labels"])}
 
     def count(self, arrays: dict[str, np.ndarray]) -> int:
         return int((arrays["labels"] >= 0).sum())
@@ -96,16 +100,29 @@ def hidden_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def token_loss(model: Any, hidden_BLH: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (summed loss of the predicted tokens, how many they are), given the last hidden states."""
-    labels_BL = batch["labels"]
-    predicted_BL = labels_BL != IGNORED
-    return cross_entropy(model, hidden_BLH[predicted_BL], labels_BL[predicted_BL]), predicted_BL.sum()
+    import torch
+
+    at_M = batch["predicted"]
+    return cross_entropy(model, picked(hidden_BLH, at_M), picked(batch["labels"], at_M)), torch.tensor(len(at_M))
 
 
 def token_logits(model: Any, hidden_BLH: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Returns the scores of the predicted tokens, shape (M, V), given the last hidden states."""
     from engine.models.attention import vocabulary_scores
 
-    return vocabulary_scores(model, hidden_BLH[batch["labels"] != IGNORED])
+    return vocabulary_scores(model, picked(hidden_BLH, batch["predicted"]))
+
+
+def chosen(labels_BL: np.ndarray) -> np.ndarray:
+    """Returns the places of labels in the flattened rows, shape (number of them,)."""
+    import numpy as np
+
+    return np.flatnonzero(labels_BL != IGNORED)
+
+
+def picked(values_BL: torch.Tensor, at_M: torch.Tensor) -> torch.Tensor:
+    """Returns what stands at places of the flattened rows, shape (M, …)."""
+    return values_BL.flatten(0, 1).index_select(0, at_M)
 
 
 def cross_entropy(model: Any, hidden_MH: torch.Tensor, labels_M: torch.Tensor) -> torch.Tensor:

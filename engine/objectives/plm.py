@@ -94,19 +94,32 @@ class Objective(_tokens.Objective):
         order = np.where(chosen, rng.permutation(len(tokens_L)), CONTEXT)
         return {"input_ids": tokens_L, "labels": np.where(chosen, tokens_L, IGNORED), "order": order}
 
+    def placed(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns `predicted`; `targets`, the places of the predicted tokens of each row, shape (B, most of a row), filled up with
+        any others where there are fewer; `queries` (M,), places in the flattened targets that are of predicted tokens."""
+        predicted_BL = arrays["labels"] != IGNORED
+        counts_B = predicted_BL.sum(1)
+        most = max(1, int(counts_B.max()))
+        # The places of the predicted tokens come first, in their order in the text.
+        targets_BM = np.argsort(~predicted_BL, axis=1, kind="stable")[:, :most]
+        queries_M = np.flatnonzero(np.arange(most) < counts_B[:, None])
+        return {**super().placed(arrays), "targets": targets_BM, "queries": queries_M}
+
     def loss(self, model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross entropy over the predicted tokens.
 
         Args:
             model: of a family with two streams of attention.
-            batch: input_ids, token_type_ids, labels, order, segments, each (B, L) int64; segment 0 is padding.
+            batch: input_ids, token_type_ids, labels, order, segments, each (B, L) int64; segment 0 is padding; predicted (M,),
+                targets and queries (see `placed`).
 
         Returns:
             (summed loss, number of predicted tokens), two scalars.
         """
-        labels_BL = batch["labels"]
-        labels = labels_BL[labels_BL != IGNORED]
-        return _tokens.cross_entropy(model, _query_stream(model, batch), labels), labels.new_tensor(len(labels))
+        import torch
+
+        labels_M = _tokens.picked(batch["labels"], batch["predicted"])
+        return _tokens.cross_entropy(model, _query_stream(model, batch), labels_M), torch.tensor(len(labels_M))
 
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """Returns the scores of the predicted tokens, shape (number of them in the batch, V)."""
@@ -128,15 +141,7 @@ class Objective(_tokens.Objective):
 
 def _query_stream(model: Any, batch: Batch) -> torch.Tensor:
     """Returns the hidden states from which tokens are predicted, shape (predicted tokens of the batch, H), row by row."""
-    import torch
-
-    predicted_BL = batch["labels"] != IGNORED
-    counts_B = predicted_BL.sum(1)
-    most = max(1, int(counts_B.max()))
-    # The places of the predicted tokens come first, in their order in the text.
-    targets_BM = torch.argsort(~predicted_BL, dim=1, stable=True)[:, :most]
-    hidden_BMH = _hidden_of(model, batch, targets_BM)
-    return hidden_BMH[torch.arange(most, device=counts_B.device) < counts_B[:, None]]
+    return _tokens.picked(_hidden_of(model, batch, batch["targets"]), batch["queries"])
 
 
 def _hidden_of(model: Any, batch: Batch, targets_BM: torch.Tensor) -> torch.Tensor:

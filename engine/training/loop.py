@@ -105,7 +105,9 @@ class Fit:
         self.state = TrainState()
         self.window = _Window()
         self.ahead = Ahead(
-            lambda step: batches.at(step, processes.rank, processes.processes, processes.micro), pin=processes.cuda
+            lambda step: batches.at(step, processes.rank, processes.processes, processes.micro),
+            pin=processes.cuda,
+            workers=processes.batch_workers,
         )
 
     @property

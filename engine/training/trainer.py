@@ -109,8 +109,7 @@ class Trainer:
                 follow = follow & (processes.sum(float(total))[0] / count() <= largest_loss)
             scale = (averaged / count()).to(loss.dtype)
             self._backward(loss * torch.where(follow, scale, math.nan), last=index == last)
-        norm = self._guarded_update() if self.guarded else self._own_update()
-        return float(total), norm
+        return self._guarded_update(total) if self.guarded else self._own_update(total)
 
     def _seed(self, number: int) -> None:
         # torch.manual_seed would note the whole call stack in every step, for a GPU that may be initialised later.
@@ -125,16 +124,16 @@ class Trainer:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
         self.engine.backward(loss)
 
-    def _guarded_update(self) -> float:
+    def _guarded_update(self, loss: torch.Tensor) -> tuple[float, float]:
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         # -1 is DeepSpeed's word for a norm that is not finite.
-        return float(norm) if norm is not None and norm >= 0 else math.nan
+        return float(loss), float(norm) if norm is not None and norm >= 0 else math.nan
 
-    def _own_update(self) -> float:
+    def _own_update(self, loss: torch.Tensor) -> tuple[float, float]:
         parameters = [parameter for parameter in self.engine.parameters() if parameter.grad is not None]
         total, clip = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]), self.processes.train.clip
-        norm = float(total)
+        summed, norm = torch.stack((loss, total)).tolist()  # the one time that the host waits for a GPU
         if not norm < clip - 1e-6:  # else torch multiplies every gradient by 1
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, total)
         if not math.isfinite(norm):
@@ -146,7 +145,7 @@ class Trainer:
         else:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return norm
+        return summed, norm
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Returns a copy of the consolidated weights in the main rank's CPU memory; every rank must call it."""

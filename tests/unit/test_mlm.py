@@ -94,6 +94,7 @@ def test_loss_and_logits_equal_those_of_hugging_face():
     labels = torch.tensor([[IGNORED, IGNORED, 11, IGNORED, 33, 14, IGNORED, IGNORED, IGNORED]])
     segments = (ids != 0).long()
     batch = {"input_ids": ids, "position_ids": torch.arange(9)[None], "segments": segments, "labels": labels}
+    batch["predicted"] = torch.tensor([2, 4, 5])
     theirs = model(input_ids=ids, attention_mask=segments, labels=labels)
     total, count = objective(64).loss(model, batch)
     assert count == 3

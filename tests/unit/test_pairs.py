@@ -141,7 +141,7 @@ def test_the_losses_of_packed_pairs_are_those_of_transformers_own_class(corpus, 
         for row in range(6):
             for segment in range(1, int(batch["segments"][row].max()) + 1):
                 here = batch["segments"][row] == segment
-                part = {name: value[row][here][None] for name, value in tensors.items()}
+                part = {name: value[row][here][None] for name, value in tensors.items() if name in objective.columns}
                 output = model(input_ids=part["input_ids"], token_type_ids=part["token_type_ids"])
                 chosen = part["labels"] != IGNORED
                 masked += torch.nn.functional.cross_entropy(
