@@ -95,8 +95,8 @@ class Objective(_tokens.Objective):
         return {"input_ids": tokens_L, "labels": np.where(chosen, tokens_L, IGNORED), "order": order}
 
     def placed(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns `predicted`; `targets`, the places of the predicted tokens of each row, shape (B, most of a row), filled up with
-        any others where there are fewer; `queries` (M,), places in the flattened targets that are of predicted tokens."""
+        """Returns `predicted`; `targets`, the places of the predicted tokens of each row, shape (B, most of a row), filled up
+        with any others where there are fewer; `queries` (M,), places in the flattened targets that are of predicted tokens."""
         predicted_BL = arrays["labels"] != IGNORED
         counts_B = predicted_BL.sum(1)
         most = max(1, int(counts_B.max()))
