@@ -72,6 +72,7 @@ SPEEDS = [
     Speed("base_bf16", BASE, 128, 512, BF16),
     Speed("base_bf16_512", BASE, 512, 128, BF16),
     Speed("base_compiled", BASE, 128, 512, {**BF16, "compile": True}),
+    Speed("base_compiled_512", BASE, 512, 128, {**BF16, "compile": True}),
     *(Speed(f"base_{level}", BASE, 128, 512, BF16, level) for level in LEVELS[::-1]),
     Speed("base_deterministic", BASE, 128, 512, {**BF16, "deterministic": True}),
     Speed("base_fp16", BASE, 128, 512, {"precision": "fp16"}),

@@ -91,8 +91,8 @@ class PackedBatches:
         return filled
 
     def collate(self, epoch: int, rows: np.ndarray) -> Batch:
-        """Stacks rows into tensors of shape (rows, length), or (rows, tokens of the longest) of a second side, with `count` and
-        `tokens`."""
+        """Stacks rows into tensors of shape (rows, length), or (rows, tokens of the longest) of a second side, with `count`,
+        `tokens` and `ends` (see `ends_of`)."""
         import torch
 
         columns = [self.row(epoch, int(row)) for row in rows]
@@ -101,7 +101,8 @@ class PackedBatches:
             second = [name for name in columns[0] if name in self.objective.beside or name.startswith(BESIDE)]
             columns = [{**column, **self._filled({name: column[name] for name in second}, widest)} for column in columns]
         arrays = {name: np.stack([column[name] for column in columns]) for name in columns[0]}
-        batch: Batch = {name: torch.from_numpy(array) for name, array in (arrays | self.objective.placed(arrays)).items()}
+        found = {**self.objective.placed(arrays), "ends": ends_of(arrays["segments"])}
+        batch: Batch = {name: torch.from_numpy(array) for name, array in (arrays | found).items()}
         batch["count"] = self.objective.count(arrays)
         batch["tokens"] = sum(int((arrays[name] > 0).sum()) for name in ("segments", f"{BESIDE}segments") if name in arrays)
         return batch
@@ -151,6 +152,12 @@ class PackedBatches:
         import torch
 
         return {name: value.to(model.device) for name, value in batch.items() if torch.is_tensor(value)}
+
+
+def ends_of(segments_BL: np.ndarray) -> np.ndarray:
+    """Returns 0, then where each document of packed rows ends in the flattened rows, padding as one of its own, int32."""
+    begins_BL = np.diff(segments_BL, axis=1, prepend=-1) != 0
+    return np.append(np.flatnonzero(begins_BL), segments_BL.size).astype(np.int32)
 
 
 def _joined(parts: list[dict[str, np.ndarray]], names: Iterable[str], prefix: str = "") -> dict[str, np.ndarray]:

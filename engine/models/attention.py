@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from engine.models.families import family_of
+from engine.models.varlen import takes_lengths
 
 SLIDING = "sliding_attention"
 """What configurations call a layer in which a token sees a window around itself."""
@@ -46,22 +47,33 @@ def packed_mask(
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
-def packed_inputs(model: Any, segments_BL: torch.Tensor, positions_BL: torch.Tensor) -> dict[str, Any]:
-    """Returns the attention_mask and position_ids of packed rows as a family that takes them wants them.
+def packed_inputs(
+    model: Any, segments_BL: torch.Tensor, positions_BL: torch.Tensor, ends: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """Returns the attention_mask and position_ids of packed rows as a family that takes them wants them; or where documents lie,
+    in place of a mask, for a model that goes by that.
 
     Args:
         model: of a family whose row says `packed`.
         segments_BL: see `packed_mask`.
         positions_BL: place of each token in its document, from 0.
+        ends: 0, then where each document ends in the flattened rows, padding as one of its own, int32.
     """
     config, family = model.config, family_of(model.config.model_type)
     offset = config.pad_token_id + 1 if family.positions == "after padding" else 0
+    placed = {"position_ids": positions_BL + offset}
+    length = segments_BL.shape[1]
+    if ends is not None and takes_lengths(model, length):
+        lengths = {f"cu_seq_lens_{side}": ends for side in "qk"} | {f"max_length_{side}": length for side in "qk"}
+        # A mask of four dimensions, which nobody reads, keeps transformers from making one.
+        unread = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=segments_BL.device)
+        return {"attention_mask": unread, **placed, **lengths}
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ([SLIDING] if window and family.windowed else ["full_attention"]))
     masks = {
         kind: packed_mask(segments_BL, model.dtype, family.causal, window if kind == SLIDING else None) for kind in sorted(kinds)
     }
-    return {"attention_mask": masks if len(masks) > 1 else masks.popitem()[1], "position_ids": positions_BL + offset}
+    return {"attention_mask": masks if len(masks) > 1 else masks.popitem()[1], **placed}
 
 
 class _ToldPositions(torch.nn.Embedding):

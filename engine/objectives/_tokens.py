@@ -91,7 +91,7 @@ def hidden_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Returns the last hidden states of packed rows, shape (B, L, H)."""
     from engine.models.attention import packed_inputs
 
-    packed = packed_inputs(model, batch["segments"], batch["position_ids"])
+    packed = packed_inputs(model, batch["segments"], batch["position_ids"], batch.get("ends"))
     if "token_type_ids" in batch:
         packed["token_type_ids"] = batch["token_type_ids"]
     hidden: torch.Tensor = model.base_model(input_ids=batch["input_ids"], **packed)[0]

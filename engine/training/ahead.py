@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -44,49 +45,51 @@ class Ahead:
         self._coming: Iterator[Made | UserError] | None = None
 
     def at(self, step: int, last: int) -> Made:
-        """Returns the micro batches of `step` and begins those of the next one, up to step `last`.
-
-        Raises:
-            RuntimeError: a process that makes them has died.
-        """
+        """Returns the micro batches of `step` and begins those of the next one, up to step `last`."""
         started = time.monotonic()
         if self._coming is None or self._expected != (step, last):
-            self._coming = self._by_processes(step, last) if self.workers else self._by_thread(step, last)
-        try:
-            made, self._expected = next(self._coming), (step + 1, last)
-        except ConnectionError as error:  # else it looks as if another rank were lost
-            raise RuntimeError(
-                "a process that makes batches has died: look for an out-of-memory kill in the system's log"
-            ) from error
+            self._coming = self._in_order(self._sent(step, last) if self.workers else map(self._made, range(step, last + 1)))
+        made, self._expected = next(self._coming), (step + 1, last)
         self.waited += time.monotonic() - started
         if isinstance(made, UserError):
             raise made
         return made
 
-    def _by_thread(self, step: int, last: int) -> Iterator[Made]:
-        coming = self._pool.submit(self._pinned, step)
-        for following in range(step + 1, last + 2):
-            made = coming.result()
-            if following <= last:
-                coming = self._pool.submit(self._pinned, following)
+    def _in_order(self, source: Iterator[Any]) -> Iterator[Made | UserError]:
+        coming = self._pool.submit(self._taken, source)
+        while (made := coming.result()) is not None:
+            coming = self._pool.submit(self._taken, source)
             yield made
 
-    def _pinned(self, step: int) -> Made:
-        made = self.make(step)
-        if self.pin:
-            return [
-                {key: value.pin_memory() if torch.is_tensor(value) else value for key, value in part.items()} for part in made
-            ]
-        return made
+    def _taken(self, source: Iterator[Any]) -> Made | UserError | None:
+        made = next(source, None)
+        if made is None or isinstance(made, UserError):
+            return made
+        return [
+            {key: self._tensor(value) if isinstance(value, np.ndarray) else value for key, value in part.items()} for part in made
+        ]
 
-    def _by_processes(self, step: int, last: int) -> Iterator[Made | UserError]:
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self.pin else tensor
+
+    def _made(self, step: int) -> Any:
+        """Returns the micro batches of a step, arrays in place of tensors: they go from one process to another through a pipe, where
+        tensors want sockets and shared memory, of which a container has little."""
+        try:
+            made = self.make(step)
+        except UserError as error:
+            return error
+        return [{key: value.numpy() if torch.is_tensor(value) else value for key, value in part.items()} for part in made]
+
+    def _sent(self, step: int, last: int) -> Iterator[Any]:
         return iter(
             DataLoader(
-                _Steps(self.make),
+                _Steps(self._made),
                 batch_size=None,
                 sampler=range(step, last + 1),
                 num_workers=self.workers,
-                pin_memory=self.pin,
+                collate_fn=_as_it_is,
                 multiprocessing_context="fork",  # a corpus is not copied, only its pages that somebody writes to
                 worker_init_fn=self._stay,
                 generator=torch.Generator(),  # else it draws from the one that dropout comes from
@@ -108,14 +111,15 @@ class Ahead:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Steps(Dataset[Made | UserError]):
-    """Micro batches by step, as DataLoader asks for them; a user's mistake is handed over as it is, without its traceback."""
+class _Steps(Dataset[Any]):
+    """Micro batches by step, as DataLoader asks for them."""
 
-    def __init__(self, make: Callable[[int], Made]) -> None:
-        self.make = make
+    def __init__(self, made: Callable[[int], Any]) -> None:
+        self.made = made
 
-    def __getitem__(self, step: int) -> Made | UserError:
-        try:
-            return self.make(step)
-        except UserError as error:
-            return error
+    def __getitem__(self, step: int) -> Any:
+        return self.made(step)
+
+
+def _as_it_is(made: Any) -> Any:
+    return made
