@@ -74,7 +74,7 @@ class Ahead:
         return tensor.pin_memory() if self.pin else tensor
 
     def _made(self, step: int) -> Any:
-        """Returns the micro batches of a step, arrays in place of tensors: they go from one process to another through a pipe, where
+        """Returns the micro batches of a step, arrays in place of tensors: they go from process to process through a pipe, where
         tensors want sockets and shared memory, of which a container has little."""
         try:
             made = self.make(step)
