@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import ModelRef, TokenizerRef, references
+from engine.data.vocabulary import NOT_EXTENDED
 from engine.errors import UserError
 from engine.models.facts import ModelFiles, class_names, listed, named, names_hint, other_head, read_json
 from engine.objectives import Objective, objective_class
@@ -58,6 +59,9 @@ def _check_model(files: ModelFiles, stage: Stage[Any], key: str, reference: Mode
         return []
     trained = TRAINED.get(stage.kind) == key
     if stage.kind == "pretrain":
+        extended = stage.config.tokenizer is not None and stage.config.tokenizer.extend is not None
+        if extended and files.vocabulary_kind not in (None, "WordPiece"):
+            raise UserError(f"{files.directory}: {NOT_EXTENDED}")
         _check_weights(files, None)
         return _vocabulary_notes(files, trained)
     task = task_class(stage.config.task)

@@ -23,7 +23,7 @@ SPECIAL_TOKENS = {
     "bpe": ("bos_token", "pad_token", "eos_token", "unk_token", "mask_token", "cls_token", "sep_token"),
 }
 """Kind of vocabulary → the special tokens that its tokenizer has."""
-
+NOT_EXTENDED = "not a vocabulary of WordPiece, to which words could be added: leave out tokenizer.extend"
 
 Texts = Callable[[], Iterator[str]]
 """Reads the documents from the beginning."""
@@ -79,9 +79,7 @@ def extend_tokenizer(tokenizer: Any, texts: Texts, words: int | list[str], direc
     """
     backend = tokenizer.backend_tokenizer
     if json.loads(backend.to_str())["model"]["type"] != "WordPiece":
-        raise UserError(
-            f"{tokenizer.name_or_path}: not a vocabulary of WordPiece, to which words could be added: leave out tokenizer.extend"
-        )
+        raise UserError(f"{tokenizer.name_or_path}: {NOT_EXTENDED}")
 
     def words_of(text: str) -> list[str]:
         normal = text if backend.normalizer is None else backend.normalizer.normalize_str(text)

@@ -129,6 +129,13 @@ class ModelFiles:
         words = self.directory / "vocab.txt"
         return words.read_text(encoding="utf-8") if words.is_file() else None
 
+    @property
+    def vocabulary_kind(self) -> str | None:
+        """What the tokenizer makes tokens by, as WordPiece or BPE; None when its files do not tell."""
+        rules = self.tokens
+        kind: str | None = (rules.get("model") or {}).get("type") if isinstance(rules, dict) else None
+        return kind
+
     @functools.cached_property
     def vocabulary(self) -> int | None:
         """The largest token id of the tokenizer, plus 1; None when its files do not tell."""

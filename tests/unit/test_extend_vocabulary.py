@@ -1,12 +1,17 @@
 """Words for a vocabulary that is there: which ones, what they save, where their rows begin, a model that goes on with them."""
 
+import shutil
+
 import pytest
 import torch
 
+from engine.config import load_recipe
 from engine.data.vocabulary import extend_tokenizer, learn_tokenizer
 from engine.errors import UserError
 from engine.models import load_tokenizer
 from engine.models.fitting import fit_new_words, fit_tokenizer
+from launch.check import check_recipe
+from launch.recipe import load_stages
 from tests.recipes import pretrain_section, ragged_rows, read_weights, run_here, train_section, write_recipe, write_rows
 from tests.unit.models import tiny_masked_lm
 
@@ -80,6 +85,21 @@ def test_pairs_of_bytes_are_refused(tmp_path):
     learn_tokenizer("bpe", lambda: iter(KNOWN), 300, False, tmp_path / "bytes")
     with pytest.raises(UserError, match="bytes: not a vocabulary of WordPiece"):
         extended(load_tokenizer(tmp_path / "bytes"), tmp_path, 3)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_a_vocabulary_that_cannot_be_extended_is_seen_before_anything_runs(tmp_path, kind):
+    section = pretrain_section(model="model", tokenizer={"extend": {"words": 3}})
+    path = write_recipe(tmp_path, {"base": {"pretrain": section}})
+    learn_tokenizer(kind, lambda: iter(KNOWN), 300 if kind == "bpe" else 90, kind != "bpe", tmp_path / "words")
+    for file in (tmp_path / "words").iterdir():
+        shutil.copy(file, tmp_path / "model")
+    recipe = load_recipe(path)
+    if kind == "wordpiece":
+        assert "base" in check_recipe(recipe, load_stages(recipe))
+        return
+    with pytest.raises(UserError, match=r"recipe.yaml:\d+: .*model: not a vocabulary of WordPiece.*leave out tokenizer.extend"):
+        check_recipe(recipe, load_stages(recipe))
 
 
 @pytest.mark.parametrize("tied", [True, False])
