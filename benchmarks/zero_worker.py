@@ -65,7 +65,8 @@ def subject(stage: Stage[Any], rows: int) -> tuple[Any, Any, dict[str, Any]]:
     """Returns the stage's model, its loss and one full micro batch of random tokens."""
     import torch
 
-    from engine.models import build_model, set_dropout
+    from engine.models import set_dropout
+    from engine.models.scratch import build_model
     from engine.objectives.mlm import IGNORED, Objective
 
     config = stage.config
@@ -93,7 +94,7 @@ def warm_up(stage: int | None) -> None:
     """
     import torch
 
-    from engine.models import ScratchConfig, build_model
+    from engine.models.scratch import ScratchConfig, build_model
 
     model = build_model(
         ScratchConfig(layers=1, hidden=64, heads=2, positions=32), "AutoModelForMaskedLM", 128, {"pad_token_id": 0}

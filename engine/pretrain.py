@@ -15,8 +15,8 @@ from engine.config import ModelRef, Strict, TokenizerRef
 from engine.data.splits import DataConfig
 from engine.data.vocabulary import SPECIAL_TOKENS
 from engine.errors import UserError
-from engine.models import ScratchConfig
 from engine.models.families import family_of
+from engine.models.scratch import ScratchConfig
 from engine.objectives import AnyObjective, default_objective, objective_class
 from engine.stages import heartbeat
 from engine.stages.stage import Stage, stage_main
@@ -228,8 +228,9 @@ def _publish(
 
 def _model(stage: Stage[PretrainConfig], chosen: type[Objective], tokenizer: Any) -> tuple[Any, list[str], bool]:
     """Returns (the model, what was changed in one that goes on learning, whether what scores the vocabulary is new)."""
-    from engine.models import build_model, has_head, load_model, load_tokenizer, positions_of, read_config, special_ids
+    from engine.models import has_head, load_model, load_tokenizer, positions_of, read_config
     from engine.models.fitting import fit_new_words, fit_tokenizer
+    from engine.models.scratch import build_model, special_ids
 
     shape, reference = stage.config.shape, stage.config.model
     if shape is not None:

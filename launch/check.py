@@ -13,8 +13,9 @@ from engine.data.cells import Cell, text_cell
 from engine.data.sources import SourceConfig, SourceRows
 from engine.errors import UserError
 from engine.judging import require_column
-from engine.models import ScratchConfig, positions_of
+from engine.models import positions_of
 from engine.models.facts import ModelFiles
+from engine.models.scratch import ScratchConfig
 from engine.stages.stage import Stage
 from engine.tasks import task_class
 from engine.training.zero import read_zero_config, zero_config_of

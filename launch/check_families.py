@@ -11,9 +11,9 @@ from typing import Any
 
 from engine.config import ModelRef, Recipe, TokenizerRef, references
 from engine.errors import UserError
-from engine.models import ScratchConfig
 from engine.models.facts import ModelFiles
 from engine.models.families import HEADS, check_kept, family_of, require, stack_sizes, trained_layers
+from engine.models.scratch import ScratchConfig
 from engine.objectives import objective_class
 from engine.stages.stage import Stage
 from engine.tasks import task_class

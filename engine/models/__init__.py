@@ -1,4 +1,4 @@
-"""Building models: from a stage directory, a package, a hub id, or from scratch.
+"""Loading models: from a stage directory, a package or a hub id.
 
 Weights are read from safetensors only: no pickle from others, no remote code.
 """
@@ -8,17 +8,13 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
-
 from engine.answers._batches import MASK
-from engine.config import Strict
 from engine.errors import UserError
 from engine.models.facts import ModelFiles
-from engine.models.families import FAMILIES, HEADS, NEW, STRUCTURE_KEY, family_of, require
+from engine.models.families import HEADS, STRUCTURE_KEY, family_of, require
 from engine.models.weights import read_headers, weight_files
 
 if TYPE_CHECKING:
@@ -31,34 +27,8 @@ CLASSIFIER = "AutoModelForSequenceClassification"
 """The head of classes and of numbers."""
 
 
-class ScratchConfig(Strict):
-    """Shape of a model that is built from scratch."""
-
-    family: str = NEW
-    """Architecture, among those that take packed rows."""
-    layers: int = Field(12, ge=1)
-    hidden: int = Field(768, ge=8)
-    heads: int = Field(12, ge=1)
-    intermediate: int | None = Field(None, ge=1)
-    """Neurons of the feed-forward layer; None: 4 × hidden."""
-    positions: int = Field(512, ge=8)
-    """Longest sequence in tokens."""
-
-    @model_validator(mode="after")
-    def _takes_packed_rows(self) -> ScratchConfig:
-        if not family_of(self.family).pretrains:
-            known = ", ".join(name for name, row in FAMILIES.items() if row.pretrains)
-            raise ValueError(f"family: models of type '{self.family}' take no packed rows: pretraining builds {known}")
-        return self
-
-    @model_validator(mode="after")
-    def _heads_divide_hidden(self) -> ScratchConfig:
-        if self.hidden % self.heads:
-            raise ValueError(f"hidden={self.hidden} is not a multiple of heads={self.heads}: change one of them")
-        return self
-
-
-def _auto_class(head: str) -> Any:
+def auto_class(head: str) -> Any:
+    """Returns the class of transformers of that name."""
     import transformers
     from transformers.utils import logging
 
@@ -75,57 +45,6 @@ def default_attention() -> str:
     import torch
 
     return "sdpa" if torch.cuda.is_available() and not torch.are_deterministic_algorithms_enabled() else "eager"
-
-
-def build_model(
-    shape: ScratchConfig, head: str, vocab_size: int, ids: Mapping[str, int | None], attention: str | None = None
-) -> PreTrainedModel:
-    """Returns a randomly initialised model; draw with torch.manual_seed before calling.
-
-    Args:
-        shape: its size.
-        head: see `load_model`.
-        vocab_size: rows of its table of tokens.
-        ids: entries of the configuration that name special tokens, see `special_ids`.
-        attention: see `load_model`.
-    """
-    from transformers import AutoConfig
-
-    family, defaults = family_of(shape.family), AutoConfig.for_model(shape.family)
-    sizes: dict[str, int | None] = {
-        "num_hidden_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "num_attention_heads": shape.heads,
-        **dict.fromkeys(family.neurons, shape.intermediate or 4 * shape.hidden),
-    }
-    for stack in family.stacks[1:]:
-        sizes |= {stack.count: shape.layers, stack.heads: shape.heads}
-    if family.decoder_start:
-        sizes["decoder_start_token_id"] = ids.get(family.decoder_start, ids["pad_token_id"])
-    if family.positions != "relative":
-        unused = ((ids["pad_token_id"] or 0) + 1) if family.positions == "after padding" else 0
-        sizes["max_position_embeddings"] = shape.positions + unused
-    # What would else be that of the family's published size: as many heads of keys, as wide as the others, no narrower table.
-    own = {
-        "num_key_value_heads": shape.heads,
-        "head_dim": shape.hidden // shape.heads,
-        "forced_eos_token_id": ids.get("eos_token_id"),
-        **{key: shape.hidden for key in family.as_wide},
-    }
-    sizes |= {key: value for key, value in own.items() if getattr(defaults, key, None) is not None}
-    sizes |= {key: value for key, value in ids.items() if key == "pad_token_id" or getattr(defaults, key, None) is not None}
-    sizes = {defaults.attribute_map.get(key, key): value for key, value in sizes.items()}  # some look at them at once
-    config = AutoConfig.for_model(shape.family, vocab_size=vocab_size, **sizes)
-    return _by_rows(_auto_class(head).from_config(config, attn_implementation=attention or default_attention()), head)
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
-    """Returns the entries of a configuration that name a tokenizer's special tokens.
-
-    Where the end of a text pads, no token is named for padding: it has no embedding of its own then, and would never learn one.
-    """
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")}
-    return {**ids, "pad_token_id": None} if ids["pad_token_id"] == ids["eos_token_id"] else ids
 
 
 def read_config(model: Path | str) -> Any:
@@ -178,7 +97,7 @@ def load_model(
         settings = {HEAD_KEY: None, **settings}  # another task's head may need no such part
     for key, value in (settings or {}).items():
         setattr(config, key, value)
-    auto = _auto_class(head)
+    auto = auto_class(head)
     if head in HEADS:
         require(config.model_type, HEADS[head])
     try:
@@ -191,7 +110,7 @@ def load_model(
             add_part(built)
             if not random:
                 _load_weights(built, Path(model))
-            return _by_rows(built, head)
+            return by_rows(built, head)
         # Tensors of another shape are named by `_require_fitting`, not by a report that nobody sees.
         built, loading = auto.from_pretrained(
             model,
@@ -204,7 +123,7 @@ def load_model(
         )
         _require_fitting(built, model, loading, whole=settings is None)
         load_part(built, model, whole=settings is None)
-        return _by_rows(built, head)
+        return by_rows(built, head)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model '{model}' cannot be loaded: {reason}") from None
@@ -225,7 +144,7 @@ def has_head(model: PreTrainedModel, path: Path | str) -> bool:
     return not own or not isinstance(path, Path) or not own.isdisjoint(read_headers(path))
 
 
-def _by_rows(model: PreTrainedModel, head: str) -> PreTrainedModel:
+def by_rows(model: PreTrainedModel, head: str) -> PreTrainedModel:
     """Returns a model whose answer to a row depends on that row alone, whatever shares its batch."""
     if MASK not in inspect.signature(type(model).forward).parameters:
         raise UserError(f"models of type '{model.config.model_type}' take no attention mask: an answer would depend on padding")

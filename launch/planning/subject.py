@@ -9,7 +9,8 @@ import torch
 
 from engine.config import ModelRef, Recipe
 from engine.errors import UserError
-from engine.models import build_model, load_model, load_tokenizer, set_dropout, size_of
+from engine.models import load_model, load_tokenizer, set_dropout, size_of
+from engine.models.scratch import build_model
 from engine.objectives import Objective, objective_class
 from engine.pretrain import PretrainConfig, rounded
 from engine.stages.stage import Stage, read_stage

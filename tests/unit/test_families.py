@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModel
 
 from engine.errors import UserError
-from engine.models import ScratchConfig, positions_of
+from engine.models import positions_of
 from engine.models.families import FAMILIES, OPERATIONS, family_of
+from engine.models.scratch import ScratchConfig
 from engine.models.structure import layers_of
 from engine.tasks import Graph
 from export.engines.graph import export_onnx

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from engine.errors import UserError
-from engine.models import ScratchConfig, build_model
 from engine.models.attention import packed_mask
+from engine.models.scratch import ScratchConfig, build_model
 from engine.objectives._words import Words
 from engine.objectives.mlm import IGNORED, Config, Objective, predict_frequencies
 from engine.randomness import generator

@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from engine.data.corpus import Corpus
 from engine.data.packed import PackedBatches
-from engine.models import ScratchConfig, build_model
 from engine.models.families import FAMILIES
+from engine.models.scratch import ScratchConfig, build_model
 from engine.objectives import REGISTRY, Frame, _tokens, clm
 from engine.randomness import generator
 

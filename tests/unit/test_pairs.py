@@ -6,7 +6,7 @@ import torch
 
 from engine.data.corpus import Corpus, CorpusWriter
 from engine.data.packed import PackedBatches
-from engine.models import ScratchConfig, build_model
+from engine.models.scratch import ScratchConfig, build_model
 from engine.objectives import nsp, sop
 from engine.objectives._tokens import IGNORED
 from tests.unit.models import tiny_tokenizer

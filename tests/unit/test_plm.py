@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from engine.data.corpus import Corpus
 from engine.data.packed import PackedBatches
 from engine.errors import UserError
-from engine.models import ScratchConfig, build_model
 from engine.models.attention import permuted_inputs
+from engine.models.scratch import ScratchConfig, build_model
 from engine.objectives import Frame, plm
 from engine.objectives._tokens import IGNORED
 from engine.objectives.plm import CONTEXT

@@ -10,7 +10,8 @@ from engine.data.corpus import Corpus
 from engine.data.packed import PackedBatches
 from engine.data.vocabulary import learn_tokenizer
 from engine.errors import UserError
-from engine.models import ScratchConfig, build_model, load_model, load_tokenizer, special_ids
+from engine.models import load_model, load_tokenizer
+from engine.models.scratch import ScratchConfig, build_model, special_ids
 from engine.objectives import Piece, denoising, span_corruption
 from engine.objectives._tokens import IGNORED
 from engine.randomness import generator
