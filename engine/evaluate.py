@@ -33,6 +33,9 @@ class Ranks(Protocol):
     def poll(self) -> None:
         """Called before every batch: shows that this rank is alive; raises when it was asked to stop."""
 
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """In it, a loss is made with the products of training."""
+
 
 class Alone:
     """One process that shares nothing."""
@@ -50,6 +53,10 @@ class Alone:
     def poll(self) -> None:
         """Shows that the process is alive."""
         heartbeat.beat("evaluate")
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Changes nothing."""
+        return contextlib.nullcontext()
 
 
 ALONE = Alone()

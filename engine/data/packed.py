@@ -122,7 +122,7 @@ class PackedBatches:
         training = model.training
         model.eval()
         sums: dict[str, list[float]] = {}
-        with torch.no_grad():
+        with torch.no_grad(), ranks.autocast():
             for turn in range(-(-len(parts) // ranks.processes)):
                 ranks.poll()
                 index = turn * ranks.processes + ranks.rank

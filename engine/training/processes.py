@@ -133,6 +133,10 @@ class Processes:
         """Processes that make the batches of this rank: one core of those of each rank is left for itself; none on CPUs."""
         return min(BATCH_WORKERS, max(0, cores() // (self.host.local_processes or 1) - 1)) if self.cuda else 0
 
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """In it, a GPU makes products in bf16 where training does: in fp32 they take longer than a step. A CPU's stay fp32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda and self.precision == "bf16")
+
     def device_memory(self) -> dict[str, int]:
         """Returns {"device_bytes": the most that tensors have taken of this rank's GPU}; nothing on a CPU."""
         return {"device_bytes": torch.cuda.max_memory_allocated(self.device)} if self.cuda else {}

@@ -1,6 +1,7 @@
 """Attention within documents by their lengths gives what a mask gives."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.packed import ends_of
+from engine.evaluate import ALONE, Alone
 from engine.models import attention, varlen
 from engine.models.families import FAMILIES
-from engine.objectives import _tokens
-from tests.unit.test_packed_families import PACKED, batch_of, model_of
+from engine.objectives import _tokens, clm
+from engine.training.processes import Processes
+from tests.unit.test_packed_families import PACKED, batch_of, model_of, packed_of
 
 DOCUMENTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27]]
 ONE_SIDE = [name for name in PACKED if len(FAMILIES[name].stacks) == 1]
@@ -85,6 +88,33 @@ def test_lengths_are_for_half_precision_and_long_rows():
     with torch.autocast("cpu", torch.bfloat16):
         assert varlen.takes_lengths(model, 512) and not varlen.takes_lengths(model, 128)
     assert varlen.takes_lengths(model.half(), 512)
+
+
+def test_an_evaluation_goes_by_lengths_where_a_step_does(monkeypatch):
+    calls = []
+    monkeypatch.setattr(varlen, "flash", lambda *options: calls.append(options[4:]) or by_documents(*options))
+    monkeypatch.setattr(varlen, "SHORTEST", 40)
+    model = model_of("gpt2")
+    model.set_attn_implementation("sdpa")
+    varlen.attend_by_lengths(model)
+    packed = packed_of([list(range(10, 60))] * 6 + [list(range(20, 50))] * 6, clm.Objective(), 40)
+
+    class Half(Alone):
+        def autocast(self):
+            return torch.autocast("cpu", torch.bfloat16)
+
+    exact = packed.evaluate(model, ALONE)
+    assert not calls, "fp32 goes by the mask"
+    half = packed.evaluate(model, Half())
+    assert calls and half["predicted_tokens"] == exact["predicted_tokens"]
+    assert half["loss"] == pytest.approx(exact["loss"], rel=5e-3)
+
+
+@pytest.mark.parametrize(("cuda", "precision", "enabled"), [(True, "bf16", True), (True, "fp32", False), (False, "bf16", False)])
+def test_a_gpu_is_evaluated_as_it_is_trained_and_a_cpu_in_fp32(cuda, precision, enabled):
+    ranks = SimpleNamespace(device=torch.device("cpu"), cuda=cuda, precision=precision)
+    with Processes.autocast(ranks):
+        assert torch.is_autocast_enabled("cpu") == enabled
 
 
 def test_an_attention_that_was_chosen_stays():
