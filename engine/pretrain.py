@@ -154,6 +154,7 @@ def run(stage: Stage[PretrainConfig]) -> None:
     from engine.data.packed import PackedBatches
     from engine.finetune import saver
     from engine.models import load_tokenizer, set_dropout
+    from engine.models.varlen import attend_by_lengths
     from engine.randomness import torch_seed
     from engine.training.loop import Fit, Judge
     from engine.training.processes import Processes
@@ -175,6 +176,8 @@ def run(stage: Stage[PretrainConfig]) -> None:
         objective.begin(model, training)
     if config.train.dropout is not None:
         set_dropout(model, config.train.dropout)
+    if processes.cuda:
+        attend_by_lengths(model)
     batches = PackedBatches(training, objective, tokenizer, config.sequence_length, config.train.batch_size, stage.seed)
     held_out = PackedBatches(validation, objective, tokenizer, config.sequence_length, config.train.batch_size, stage.seed)
     judge = Judge(held_out.evaluate, "loss", False, held_out.probe)
@@ -204,11 +207,14 @@ def _publish(
 ) -> None:
     """Re-opens the saved weights, proves that they give the logits of the run, judges them on all ranks, publishes."""
     from engine.models import load_model, size_of
+    from engine.models.varlen import attend_by_lengths
     from engine.training.loop import same_logits
 
     heartbeat.beat("finish")
     model = load_model(weights, objective_class(stage.config.objective).head).to(processes.device)
     same_logits(held_out.probe(model), state.probe, weights)
+    if processes.cuda:
+        attend_by_lengths(model)
     metrics = held_out.evaluate(model, processes)
     if processes.main:
         shutil.copytree(weights, stage.output, dirs_exist_ok=True)

@@ -64,10 +64,9 @@ def packed_inputs(
     placed = {"position_ids": positions_BL + offset}
     length = segments_BL.shape[1]
     if ends is not None and takes_lengths(model, length):
-        lengths = {f"cu_seq_lens_{side}": ends for side in "qk"} | {f"max_length_{side}": length for side in "qk"}
         # A mask of four dimensions, which nobody reads, keeps transformers from making one.
         unread = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=segments_BL.device)
-        return {"attention_mask": unread, **placed, **lengths}
+        return {"attention_mask": unread, **placed, "cu_seq_lens_q": ends, "max_length_q": length}
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ([SLIDING] if window and family.windowed else ["full_attention"]))
     masks = {

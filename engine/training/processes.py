@@ -28,7 +28,7 @@ from engine.training.zero import Host, layout_of, prepare_nvme, read_zero_config
 PATIENCE = timedelta(hours=6)
 """How long a rank waits for the others: the main one may tokenize a large corpus alone. One that has died shows at once."""
 BATCH_WORKERS = 3
-"""Processes, at most, that make the batches of a rank with a GPU: the slowest objective took 0.3 s for 65,536 tokens."""
+"""Processes, at most, that make the batches of a rank with a GPU: one alone may take longer than a step of a small model."""
 
 
 class Asked(Exception):  # noqa: N818 - nothing has gone wrong

@@ -14,7 +14,6 @@ import torch.utils._pytree
 from engine.data.batches import Batch
 from engine.models import checkpoint_activations, compile_layers
 from engine.models.dropout import cheapen
-from engine.models.varlen import attend_by_lengths
 from engine.randomness import torch_seed
 from engine.stages import heartbeat
 from engine.training.optim import build_optimizer
@@ -52,10 +51,8 @@ class Trainer:
             checkpoint_activations(model)
         if processes.device.type == "cpu":
             cheapen(model)
-        else:
-            attend_by_lengths(model)
-            if processes.train.compile:
-                compile_layers(model)
+        elif processes.train.compile:
+            compile_layers(model)
         model.train()  # transformers loads models for inference: without dropout, without gradient checkpointing
         module = _LossModule(model, loss, processes.precision == "bf16", processes.device.type)
         freeze_below(model, processes.train.layers)

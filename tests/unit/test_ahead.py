@@ -12,6 +12,8 @@ import torch
 
 from engine.errors import UserError
 from engine.training.ahead import Ahead
+from engine.training.processes import Processes
+from tests.recipes import pretrain_section, read_weights, run_here, train_section, write_recipe
 
 
 @pytest.fixture
@@ -181,3 +183,13 @@ def test_processes_end_with_what_asked_them(elsewhere):
     while os.path.exists(f"/proc/{worker}") and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not os.path.exists(f"/proc/{worker}")
+
+
+def test_a_training_learns_the_same_from_processes(tmp_path, monkeypatch):
+    recipe = write_recipe(tmp_path, {"base": {"pretrain": pretrain_section(train=train_section(dropout=0.1))}})
+    by_thread = read_weights(run_here(recipe, "base", tmp_path / "thread").directory)
+    asked = []
+    monkeypatch.setattr(Processes, "batch_workers", property(lambda self: asked.append(1) or 2))
+    by_processes = read_weights(run_here(recipe, "base", tmp_path / "processes").directory)
+    assert asked and by_thread.keys() == by_processes.keys()
+    assert all(torch.equal(tensor, by_processes[name]) for name, tensor in by_thread.items())

@@ -19,7 +19,6 @@ from tests.unit.test_packed_families import PACKED, batch_of, model_of, packed_o
 
 DOCUMENTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27]]
 ONE_SIDE = [name for name in PACKED if len(FAMILIES[name].stacks) == 1]
-BY_LENGTHS = {"bert", "roberta", "electra", "gpt2", "llama", "mistral", "modernbert", "albert", "distilbert"}
 
 
 def by_documents(query, key, value, ends, longest, dropout, causal, scale, window):
@@ -63,9 +62,7 @@ def test_scores_and_gradients_are_those_of_the_mask(family, monkeypatch):
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         found.append([scores.detach(), *(gradient.clone() for gradient in gradients)])
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
-    assert len(calls) in (0, model.config.num_hidden_layers)
-    if family in BY_LENGTHS:
-        assert calls, "it goes by lengths"
+    assert len(calls) == model.config.num_hidden_layers, "every layer goes by lengths"
 
 
 def test_a_mask_is_used_where_no_lengths_are_given(monkeypatch):
