@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.figures import ROOT, figure, head, write_result
 from engine.config import load_recipe
+from engine.data.packing import PackedRows
 from engine.intervals import median_interval, ratio_interval
 from engine.pretrain import PretrainConfig
 from engine.stages.stage import Stage, stage_main
@@ -88,8 +89,9 @@ def _resume(fit: Any, step: int, timed: Any) -> float:
     fit._save()
     fit.checkpoints.wait()
     fit.processes.barrier()
-    for cached in (type(fit.batches.plan)._epoch, type(fit.batches.packed)._pieces):
-        cached.cache_clear()
+    for stream in fit.batches.order.streams:
+        for cached in (stream._shards, stream._window, fit.batches._shard, PackedRows._pieces):
+            cached.cache_clear()
 
     def work() -> None:
         fit.state = fit.checkpoints.resume(fit.trainer)

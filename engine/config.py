@@ -67,6 +67,10 @@ def is_data(path: Path) -> bool:
     return any((path / name).is_file() for name in SAVED_DATA)
 
 
+CORPUS_FILE = "corpus/corpus.json"
+"""In the directory of a corpus: which shards there are."""
+
+
 class _Reference(str):
     """A string that names something outside the recipe."""
 
@@ -81,6 +85,10 @@ class ModelRef(_Reference):
 
 class TokenizerRef(ModelRef):
     """A ModelRef of which the tokenizer is taken: its directory needs no model."""
+
+
+class CorpusRef(TokenizerRef):
+    """A `corpus` stage of the same recipe, or the directory of one of an earlier run: tokens, and their tokenizer."""
 
 
 class FileRef(_Reference):
@@ -309,7 +317,7 @@ class Recipe:
         """Returns the directory that a ModelRef names, or the hub id unchanged.
 
         Raises:
-            UserError: nothing by that name, or a directory without a model in it where one is needed.
+            UserError: nothing by that name, or a directory without a model in it, or a corpus, where one is needed.
         """
         if reference in self.stages:
             return self.directory(reference)
@@ -320,6 +328,8 @@ class Recipe:
                 return reference
             known = did_you_mean(reference, list(self.stages))
             raise UserError(f"model '{reference}' is no stage of this recipe, no directory and no hub id (owner/name){known}")
+        if isinstance(reference, CorpusRef) and not (path / CORPUS_FILE).is_file():
+            raise UserError(f"{path}: no corpus (no {CORPUS_FILE}): a corpus stage makes one")
         if not isinstance(reference, TokenizerRef) and not (path / "config.json").is_file():
             raise UserError(f"{path}: not a model directory (no config.json)")
         return path

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from engine.config import ModelRef, Strict, TokenizerRef
+from engine.config import CorpusRef, ModelRef, Strict, TokenizerRef
+from engine.corpus import SHARDS, NewTokenizer, as_model, learn, require_held_out, require_learnt, texts_of
 from engine.data.splits import DataConfig
-from engine.data.vocabulary import SPECIAL_TOKENS
 from engine.errors import UserError
 from engine.models.families import family_of
 from engine.models.scratch import ScratchConfig
@@ -23,26 +21,16 @@ from engine.stages.stage import Stage, stage_main
 from engine.training.config import Trained
 
 if TYPE_CHECKING:
-    from engine.data.corpus import Corpus
     from engine.data.packed import PackedBatches
+    from engine.data.shards import Shards
     from engine.objectives import Objective
     from engine.training.processes import Processes
 
 
-LEAST = {"wordpiece": 100, "bpe": 261}
-"""Kind of vocabulary → its smallest size: letters, or bytes, and special tokens."""
-
-
-class NewTokenizer(Strict):
-    """A vocabulary learnt from the training texts."""
-
-    type: Literal["wordpiece", "bpe"] = "wordpiece"
-    """BERT's, or GPT-2's and RoBERTa's pairs of bytes (at least 261 tokens)."""
-    vocab_size: int = Field(30_522, ge=100)
-    lowercase: bool | None = None
-    """Fold case; None: WordPiece does, BPE does not."""
-    documents: int | None = Field(None, ge=1)
-    """Learn from this many documents only, from the top."""
+OWN = "text"
+"""Name of the texts that a stage tokenizes itself."""
+SAMPLE = 10_000_000
+"""Tokens that an objective may look at before the first step."""
 
 
 class ExtendTokenizer(Strict):
@@ -76,20 +64,42 @@ class TokenizerConfig(Strict):
         return self
 
 
+class CorpusShare(Strict):
+    """One of several corpora that are mixed. A bare string stands for `corpus`."""
+
+    corpus: CorpusRef
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Its share of the rows, in any unit; None: as `PretrainConfig.mixing` says."""
+
+    @property
+    def name(self) -> str:
+        """The stage, or the name of the directory."""
+        return Path(self.corpus).name
+
+
+def _as_shares(value: Any) -> Any:
+    value = [] if value is None else [value] if isinstance(value, str) else value
+    return [{"corpus": part} if isinstance(part, str) else part for part in value] if isinstance(value, list) else value
+
+
 class PretrainConfig(Trained):
     """Section of a `pretrain` stage."""
 
     model: ScratchConfig | ModelRef
     """Shape of a new model; or a model that goes on learning, from the text of another domain, for example."""
-    tokenizer: (
-        Annotated[TokenizerConfig, BeforeValidator(lambda value: {"model": value} if isinstance(value, str) else value)] | None
-    ) = None
-    """Of a new model; one that goes on learning keeps its own, or extends it."""
+    tokenizer: Annotated[TokenizerConfig, BeforeValidator(as_model)] | None = None
+    """Of a new model; one that goes on learning keeps its own, or extends it, and a corpus has one."""
     objective: AnyObjective = Field(default_factory=default_objective)
     """What is learnt; without a `type` masked language modelling."""
-    data: DataConfig
+    data: DataConfig | None = None
+    """The texts; or `corpus`."""
     text: str = "text"
     """Column of the document."""
+    corpus: Annotated[list[CorpusShare], BeforeValidator(_as_shares)] = []
+    """In place of `data` and `tokenizer` a `corpus` stage, which was tokenized before, or a list of several, which are mixed."""
+    mixing: float = Field(1.0, ge=0, le=1)
+    """Share of the rows of each of several corpora: as its number of rows to the power of this. 1: as they are; 0.3 as in XLM-R
+    (arXiv:1911.02116): small ones come more often; 0: all alike."""
     sequence_length: int = Field(128, ge=8)
     """Tokens per packed row; longer documents are cut into windows."""
 
@@ -98,6 +108,32 @@ class PretrainConfig(Trained):
         """Shape of the new model, None where one goes on learning."""
         return self.model if isinstance(self.model, ScratchConfig) else None
 
+    @property
+    def weights(self) -> list[float] | float:
+        """Share of the rows that each corpus gives, in any unit; or the power of its number of rows that is."""
+        return [share.weight for share in self.corpus if share.weight is not None] or self.mixing
+
+    @model_validator(mode="after")
+    def _texts_or_tokens(self) -> PretrainConfig:
+        if (self.data is None) == (not self.corpus):
+            raise ValueError("give exactly one of data, the texts, and corpus, a stage that has tokenized them")
+        if self.corpus and self.tokenizer is not None:
+            raise ValueError("tokenizer: a corpus has its own: say it in the stage that makes the corpus")
+        if self.corpus and "text" in self.model_fields_set:
+            raise ValueError("text: a corpus is tokenized already: say it in the stage that makes the corpus")
+        names = [share.name for share in self.corpus]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"corpus: '{twice}' is named twice: leave one out")
+        if len({share.weight is None for share in self.corpus}) > 1:
+            raise ValueError("corpus: give a weight for each, or for none")
+        if self.mixing != 1 and (len(self.corpus) < 2 or self.corpus[0].weight is not None):
+            raise ValueError(
+                "mixing weighs several corpora by their sizes: name a list of them, without weights, or leave it out"
+            )
+        if self.data is not None:
+            require_held_out(self.data)
+        return self
+
     @model_validator(mode="after")
     def _new_or_not(self) -> PretrainConfig:
         extend = None if self.tokenizer is None else self.tokenizer.extend
@@ -105,17 +141,11 @@ class PretrainConfig(Trained):
             raise ValueError("tokenizer: a model that goes on learning keeps its own: leave it out, or say extend: {words: 500}")
         if self.shape is not None and extend is not None:
             raise ValueError("tokenizer.extend: a new model learns its vocabulary: say train: {vocab_size: 8192}")
-        if self.shape is not None and self.tokenizer is None:
+        if self.shape is not None and self.tokenizer is None and not self.corpus:
             raise ValueError("tokenizer: a new model needs one: name a model's, or `train: {vocab_size: 8192}`")
         chosen = objective_class(self.objective)
         if self.tokenizer is not None and self.tokenizer.train is not None:
-            kind = self.tokenizer.train.type
-            missing = [name for name in chosen.special_tokens if name not in SPECIAL_TOKENS[kind]]
-            if missing:
-                raise ValueError(f"tokenizer.train: {kind} has no {', '.join(missing)}, which {chosen.says} needs: set type: bpe")
-            least = LEAST[kind] + len(chosen.added_tokens)
-            if (size := self.tokenizer.train.vocab_size) < least:
-                raise ValueError(f"tokenizer.train.vocab_size={size}: {kind} begins with {least} tokens: raise it")
+            require_learnt(self.tokenizer.train, chosen)
         if self.shape is not None:
             try:
                 chosen.require_family(self.shape.family)
@@ -132,10 +162,6 @@ class PretrainConfig(Trained):
             )
         if self.shape is not None and family_of(self.shape.family).positions != "relative":
             self.check_sides(self.shape.positions, "model.positions")
-        if not self.data.validation:
-            raise ValueError("data.validation is needed to measure the loss: give a file or a share such as 2%")
-        if self.data.slices:
-            raise ValueError("data.slices: pretraining judges no single rows: say it in the stage that fine-tunes")
         return self
 
     def check_sides(self, positions: int, of: str) -> None:
@@ -149,6 +175,7 @@ def run(stage: Stage[PretrainConfig]) -> None:
     """Runs one pretraining stage on this rank."""
     config = stage.config
     stage.inputs  # noqa: B018 - missing inputs show before anything heavy is loaded
+    import numpy as np
     import torch
 
     from engine.data.packed import PackedBatches
@@ -167,31 +194,40 @@ def run(stage: Stage[PretrainConfig]) -> None:
     with processes.main_first():
         tokenizer = load_tokenizer(_tokenizer_directory(stage))
         chosen.require(tokenizer)
-        training, validation = _corpora(stage, tokenizer, chosen.sentences)
+    training, validation = _corpora(stage, processes, tokenizer, chosen.sentences)
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
     model, changes, new = _model(stage, chosen, tokenizer)
     chosen.adapt(model)
     objective = chosen.of_tokenizer(config.objective, tokenizer)
+    tokens = np.concatenate([corpus.sample(SAMPLE // len(training)) for corpus in training.values()])
     if new:
-        objective.begin(model, training)
+        objective.begin(model, tokens)
     if config.train.dropout is not None:
         set_dropout(model, config.train.dropout)
     if processes.cuda:
         attend_by_lengths(model)
-    batches = PackedBatches(training, objective, tokenizer, config.sequence_length, config.train.batch_size, stage.seed)
-    held_out = PackedBatches(validation, objective, tokenizer, config.sequence_length, config.train.batch_size, stage.seed)
+    length, batch_size = config.sequence_length, config.train.batch_size
+    batches, held_out = (
+        PackedBatches(corpora, objective, tokenizer, length, batch_size, stage.seed, weights, processes)
+        for corpora, weights in ((training, config.weights), (validation, 1.0))
+    )
     judge = Judge(held_out.evaluate, "loss", False, held_out.probe)
     fit = Fit(processes, model, objective.loss, batches, judge, saver(model, tokenizer), stage.partial, stage.name, stage.seed)
+    of = " of {}:".format if len(training) > 1 else "".format
     for note in (
         f"{processes.describe}; {batches.describe}",
-        f"training {training.describe}",
-        f"held out {validation.describe}",
+        *(f"training{of(name)} {corpus.describe}" for name, corpus in training.items()),
+        *(f"held out{of(name)} {corpus.describe}" for name, corpus in validation.items()),
+        *batches.shares,
         *changes,
-        *objective.remarks(training),
+        *objective.remarks(tokens),
     ):
         fit.tracker.say(note)
     state = fit.run()
-    ledgers = {"train": training.ledger, "validation": validation.ledger}
+    ledgers = {
+        split: {key: sum(corpus.ledger[key] for corpus in corpora.values()) for key in next(iter(corpora.values())).ledger}
+        for split, corpora in (("train", training), ("validation", validation))
+    }
     _publish(stage, processes, held_out, state, fit.weights, started, ledgers)
     processes.close()
 
@@ -269,28 +305,22 @@ def rounded(vocabulary: int) -> int:
 
 def _tokenizer_directory(stage: Stage[PretrainConfig]) -> Path | str:
     """Returns where the tokenizer lies, learning it or words for it first when the recipe says so."""
-    from engine.data.cells import text_cell
-    from engine.data.sources import read_rows
-    from engine.data.vocabulary import extend_tokenizer, learn_tokenizer
+    from engine.data.vocabulary import extend_tokenizer
     from engine.models import load_tokenizer
 
     config, chosen = stage.config.tokenizer, objective_class(stage.config.objective)
+    if stage.config.corpus:
+        return _tokenizer_of(stage)
     reference = stage.config.model if config is None else config.model
     if isinstance(reference, ModelRef):
         return stage.recipe.find_model(reference)
-    assert config is not None
+    assert config is not None and stage.config.data is not None
     directory = stage.partial / "tokenizer"
     if directory.exists():
         return directory
-
-    def texts(documents: int | None) -> Iterator[str]:
-        rows = read_rows(stage.config.data.train, stage.recipe, {stage.config.text: text_cell})
-        return (str(row[stage.config.text]) for row in itertools.islice(rows, documents))
-
+    texts = texts_of(stage.config.data, stage.recipe, stage.config.text)
     if config.train is not None:
-        new = config.train
-        lowercase = new.type == "wordpiece" if new.lowercase is None else new.lowercase
-        learn_tokenizer(new.type, lambda: texts(new.documents), new.vocab_size, lowercase, directory, chosen.added_tokens)
+        learn(config.train, texts, chosen, directory)
     elif config.extend is not None:
         more = config.extend
         assert isinstance(stage.config.model, ModelRef)
@@ -300,24 +330,44 @@ def _tokenizer_directory(stage: Stage[PretrainConfig]) -> Path | str:
     return directory
 
 
-def _corpora(stage: Stage[PretrainConfig], tokenizer: Any, sentences: bool) -> tuple[Corpus, Corpus]:
-    """Returns the tokenized training and validation documents, from disk when they are there already."""
-    from engine.data.cells import text_cell
-    from engine.data.corpus import Corpus, CorpusWriter
-    from engine.data.splits import iter_splits
+def _tokenizer_of(stage: Stage[PretrainConfig]) -> Path | str:
+    """Returns where the tokenizer of all corpora lies.
 
-    paths = [stage.partial / "corpus" / name for name in ("train", "validation")]
-    if all(path.exists() for path in paths):
-        return Corpus.open(paths[0]), Corpus.open(paths[1])
-    text = stage.config.text
-    notes: list[str] = []
-    writers = {path.name: CorpusWriter(tokenizer.backend_tokenizer, path, sentences) for path in paths}
-    for name, row in iter_splits(stage.config.data, stage.recipe, text, {text: text_cell}, notes):
-        if name in writers:
-            writers[name].add(row[text])
-    for note in notes:
-        print(f"  {note}", flush=True)
-    return writers["train"].close(), writers["validation"].close()
+    Raises:
+        UserError: they were not tokenized alike, or not as the model that goes on learning reads.
+    """
+    from engine.models import load_tokenizer
+
+    first = stage.config.corpus[0].corpus
+    others: list[ModelRef] = [part.corpus for part in stage.config.corpus[1:]]
+    others += [stage.config.model] if isinstance(stage.config.model, ModelRef) else []
+    tokens = load_tokenizer(stage.recipe.find_model(first)).get_vocab()
+    for other in others:
+        if load_tokenizer(stage.recipe.find_model(other)).get_vocab() != tokens:
+            fix = f"say tokenizer: {other} in the stage that makes '{first}', or the same one in both"
+            raise UserError(f"corpus '{first}' was tokenized by another vocabulary than that of '{other}': {fix}")
+    return stage.recipe.find_model(first)
+
+
+def _corpora(
+    stage: Stage[PretrainConfig], processes: Processes, tokenizer: Any, sentences: bool
+) -> tuple[dict[str, Shards], dict[str, Shards]]:
+    """Returns the tokenized training and validation documents of each source; own texts are tokenized by all ranks together."""
+    from engine.data.shards import SPLITS, Builder, Shards
+
+    config = stage.config
+    directories = {OWN: stage.partial / SHARDS}
+    if config.data is not None:
+        builder = Builder(config.data, stage.recipe, config.text, tokenizer.backend_tokenizer, directories[OWN], sentences)
+        builder.together(processes.rank, processes.processes, processes.barrier)
+    else:
+        directories = {part.name: Path(stage.recipe.find_model(part.corpus)) / SHARDS for part in config.corpus}
+    training, validation = ({name: Shards(directory, split) for name, directory in directories.items()} for split in SPLITS)
+    for name, corpus in training.items():
+        if sentences and not corpus.with_sentences:
+            lacks = f"corpus '{name}' lacks the beginnings of sentences, which {objective_class(config.objective).says} needs"
+            raise UserError(f"{lacks}: say objective: {{type: {config.objective.type}}} in the stage that makes it")
+    return training, validation
 
 
 def main() -> None:

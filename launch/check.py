@@ -63,7 +63,7 @@ def check_recipe(
         check_families(recipe, stage)
         _check_length(recipe, stage)
         _check_tokens(recipe, stage)
-        does = _training(stage, place) if KINDS[stage.kind].trains else f"reads {', '.join(_read(stage))}"
+        does = _training(stage, place) if KINDS[stage.kind].trains else f"reads {', '.join(_read(stage)) or 'texts'}"
         said[stage.name] = "; ".join([does, *notes])
     return said
 
@@ -86,6 +86,8 @@ def _check_data(stage: Stage[Any], looked_at: dict[str, set[str]], tell: Callabl
 
 def _sources(config: Any) -> list[tuple[SourceConfig, dict[str, Cell]]]:
     """Returns every file of rows with the columns that its rows must fill."""
+    if getattr(config, "data", None) is None:
+        return []
     columns = config.task.columns if hasattr(config, "task") else {config.text: text_cell}
     transfer = getattr(config, "transfer", None)
     more = [(transfer, {transfer.text: text_cell})] if transfer else []

@@ -41,7 +41,7 @@ def process_count(stage: Stage[Any], place: Place | None = None) -> int:
     Raises:
         UserError: another number than the nodes have.
     """
-    if not KINDS[stage.kind].trains:
+    if not KINDS[stage.kind].spread:
         return 1
     wanted, here = stage.config.processes, gpus()
     if place is not None and (place.several or place.per_node):
@@ -49,7 +49,7 @@ def process_count(stage: Stage[Any], place: Place | None = None) -> int:
             spread = f"--nodes {place.nodes} × {place.processes} a node = {place.total}"
             raise UserError(f"processes={wanted} in the recipe, but {spread}: say processes: auto, or change those numbers")
         return place.total
-    if not here:
+    if not here or not KINDS[stage.kind].trains:
         return 1 if wanted == "auto" else wanted
     if wanted != "auto" and wanted <= here:
         return wanted
@@ -86,7 +86,7 @@ def command(stage: Stage[Any], overrides: list[str], place: Place | None = None,
     if processes == 1:
         # `accelerate launch` would load torch a second time to start the same command.
         return [sys.executable, "-m", kind.module, *arguments]
-    deepspeed = ["--use_deepspeed"] if zero_config_of(stage.config, processes) else []
+    deepspeed = ["--use_deepspeed"] if not kind.trains or zero_config_of(stage.config, processes) else []
     meeting = ["--main_process_port", "0"]
     if place.several:
         # `standard`: every node starts its own ranks; the default, pdsh, would log in to the others.
@@ -122,7 +122,7 @@ def run_stage(
         StageError: it crashed, was killed or was asked to stop, and was not to be started again.
     """
     place, supervision = place or Place(), supervision or Supervision()
-    if not KINDS[stage.kind].trains:
+    if not KINDS[stage.kind].spread:
         place, link = Place(), None
     if note := fewer_processes(stage, place):
         say(note)

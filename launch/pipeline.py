@@ -210,6 +210,10 @@ def summary(stages: list[Stage[Any]], ran: list[str]) -> Table:
             table.add_row(stage.name, stage.kind, "", "", "", "not run")
             continue
         seconds = f"{record['seconds']['this_run']:.0f}" if stage.name in ran else ""
+        if "metrics" not in record:
+            told = record["corpus"]["train"]
+            table.add_row(stage.name, stage.kind, seconds, "", "", f"{told['tokens']:,} tokens in {told['shards']:,} shards")
+            continue
         size = f"{record['weight_bytes'] / 1e6:.1f}"
         table.add_row(stage.name, stage.kind, seconds, f"{record['parameters']:,}", size, _result(record))
     return table

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from engine.config import ModelRef, Recipe, Strict, references
+from engine.corpus import CorpusConfig
 from engine.errors import did_you_mean
 from engine.finetune import FinetuneConfig
 from engine.pretrain import PretrainConfig
@@ -26,25 +27,30 @@ class Kind(NamedTuple):
     config: type[Strict]
     """Class of its section."""
     trains: bool
-    """Started by `accelerate launch`, on as many processes as its section says."""
+    """It has a section `train`."""
     gives: str
     """What its directory holds."""
+    spread: bool = True
+    """Started by `accelerate launch`, on as many processes as its section says."""
 
 
 KINDS = {
+    "corpus": Kind("engine.corpus", CorpusConfig, False, "a corpus"),
     "pretrain": Kind("engine.pretrain", PretrainConfig, True, "a pretrained model"),
     "finetune": Kind("engine.finetune", FinetuneConfig, True, "a fine-tuned model"),
     "distill": Kind("export.compress.distill", DistillConfig, True, "a fine-tuned model"),
-    "select": Kind("engine.select", SelectConfig, False, "a fine-tuned model"),
-    "prune": Kind("export.compress.prune", PruneConfig, False, "a fine-tuned model"),
-    "factorize": Kind("export.compress.factorize", FactorizeConfig, False, "a fine-tuned model"),
-    "quantize": Kind("export.compress.quantize", QuantizeConfig, False, "an int8 graph"),
-    "export": Kind("export.export", ExportConfig, False, "a bundle"),
+    "select": Kind("engine.select", SelectConfig, False, "a fine-tuned model", False),
+    "prune": Kind("export.compress.prune", PruneConfig, False, "a fine-tuned model", False),
+    "factorize": Kind("export.compress.factorize", FactorizeConfig, False, "a fine-tuned model", False),
+    "quantize": Kind("export.compress.quantize", QuantizeConfig, False, "an int8 graph", False),
+    "export": Kind("export.export", ExportConfig, False, "a bundle", False),
 }
 TAKES = {
     ("finetune", "model"): ("a fine-tuned model", "a pretrained model"),
     ("pretrain", "model"): ("a pretrained model",),
-    ("pretrain", "tokenizer.model"): ("a fine-tuned model", "a pretrained model"),
+    ("pretrain", "tokenizer.model"): ("a fine-tuned model", "a pretrained model", "a corpus"),
+    ("pretrain", "corpus"): ("a corpus",),
+    ("corpus", "tokenizer.model"): ("a fine-tuned model", "a pretrained model", "a corpus"),
     ("export", "model"): ("a fine-tuned model", "an int8 graph"),
 }
 """What a key that names a stage can use; the others take a fine-tuned model."""
@@ -78,7 +84,7 @@ def load_stages(recipe: Recipe) -> list[Stage[Any]]:
 def _problem(stage: Stage[Any], key: str, source: Stage[Any] | None, reference: str) -> str | None:
     if source is None:
         return "a stage cannot read itself" if reference == stage.name else f"stage '{reference}' comes later: move it up"
-    gives, takes = KINDS[source.kind].gives, TAKES.get((stage.kind, key), ("a fine-tuned model",))
+    gives, takes = KINDS[source.kind].gives, TAKES.get((stage.kind, key.partition("[")[0]), ("a fine-tuned model",))
     if gives not in takes:
         return f"stage '{reference}' ({source.kind}) gives {gives}; {' or '.join(takes)} is needed"
     theirs, ours = (getattr(each.config, "task", None) for each in (source, stage))

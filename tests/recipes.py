@@ -141,6 +141,10 @@ def finetune_section(**changes) -> dict:
     }
 
 
+def corpus_section(**changes) -> dict:
+    return {"tokenizer": "model", "data": {"train": "rows.jsonl", "validation": "25%"}, **changes}
+
+
 def pretrain_section(**changes) -> dict:
     return {
         "model": {"layers": 2, "hidden": 32, "heads": 4, "positions": 64},

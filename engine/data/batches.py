@@ -70,18 +70,14 @@ class BatchPlan:
         lengths: tokens of each row, shape (rows,).
         batch_size: rows per optimizer step over all ranks.
         seed: of the shuffling.
-        bucket: group rows of similar length (off where every row has the same length).
         groups: the group of each row, shape (rows,), of which every epoch draws equally many rows, or one more; -1: each such row
             once. An epoch has as many rows as without. None: each row once.
     """
 
-    def __init__(
-        self, lengths: np.ndarray, batch_size: int, seed: int, bucket: bool = True, groups: np.ndarray | None = None
-    ) -> None:
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int, groups: np.ndarray | None = None) -> None:
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
         self.seed = seed
-        self.bucket = bucket
         self.groups = groups
         self.steps_per_epoch = -(-len(self.lengths) // batch_size)
 
@@ -96,11 +92,10 @@ class BatchPlan:
         every = np.arange(len(self.lengths), dtype=kind)
         order = rng.permutation(every if self.groups is None else balanced(self.groups, rng).astype(kind))
         order = np.resize(order, self.steps_per_epoch * self.batch_size)
-        if self.bucket:
-            window = BUCKET_BATCHES * self.batch_size
-            for start in range(0, len(order), window):
-                part = order[start : start + window]
-                part[:] = part[np.argsort(self.lengths[part], kind="stable")]
+        window = BUCKET_BATCHES * self.batch_size
+        for start in range(0, len(order), window):
+            part = order[start : start + window]
+            part[:] = part[np.argsort(self.lengths[part], kind="stable")]
         batches = order.reshape(self.steps_per_epoch, self.batch_size)
         return batches[rng.permutation(self.steps_per_epoch)]
 

@@ -1,14 +1,14 @@
-"""Token shards: documents tokenized once, then read memory-mapped.
+"""One shard of a tokenized corpus: documents tokenized once, then read memory-mapped.
 
-A corpus is a directory of `tokens.bin` (uint16 or uint32, little-endian), `ends.npy` (int64, the end of each document in
-tokens), `sentences.npy` where they were asked for, and `corpus.json`, which keeps the ledger; it is complete or absent.
+It is a directory of `tokens.bin` (uint16 or uint32, little-endian), `ends.npy` (int64, the end of each document in tokens),
+`sentences.npy` where they were asked for, and `corpus.json`, which keeps the ledger.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from array import array
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,16 @@ from typing import Any
 import numpy as np
 
 from engine.data.sentences import sentence_starts
-from engine.errors import UserError
-from engine.stages.stage import publish
 
 DRAWS = 20
 """Documents that are drawn in search of a long one."""
-CHUNK = 1024
-"""Documents tokenized at a time: enough to keep all cores busy, little memory."""
+CHUNK, CHUNK_CHARACTERS = 1024, 2**22
+"""Documents tokenized at a time, and their characters from which on it is fewer: enough to keep all cores busy, little memory."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized corpus: document i is tokens[ends[i-1]:ends[i]]."""
+    """Tokenized documents: number i is tokens[ends[i-1]:ends[i]]."""
 
     tokens: np.ndarray
     ends: np.ndarray
@@ -39,26 +37,13 @@ class Corpus:
 
     @classmethod
     def open(cls, directory: Path) -> Corpus:
-        """Maps a finished corpus."""
+        """Maps a finished shard."""
         about = json.loads((directory / "corpus.json").read_text())
         dtype = about.pop("dtype")
         tokens = np.memmap(directory / "tokens.bin", dtype=dtype, mode="r")
         found = directory / "sentences.npy"
         sentences = {"sentences": np.load(found, mmap_mode="r")} if found.exists() else {}
         return cls(tokens, np.load(directory / "ends.npy", mmap_mode="r"), about, **sentences)
-
-    @property
-    def describe(self) -> str:
-        """The ledger in words."""
-        told, tokens = self.ledger, self.ledger["tokens"]
-        parts = [
-            f"{told['documents']:,} documents",
-            f"{told['characters']:,} characters ({told['bytes']:,} bytes)",
-            f"{tokens:,} tokens ({told['characters'] / tokens:.1f} characters each)",
-            f"{told['unknown_tokens'] / tokens:.2%} of them unknown" if told["unknown_tokens"] else "",
-            f"{told['empty_documents']:,} documents without a token left out" if told["empty_documents"] else "",
-        ]
-        return ", ".join(part for part in parts if part)
 
     def windows(self, length: int) -> np.ndarray:
         """Cuts every document into windows of at most `length` tokens.
@@ -100,11 +85,13 @@ class Corpus:
 
 
 class CorpusWriter:
-    """Tokenizes documents, without special tokens, into a corpus that is complete or absent.
+    """Tokenizes documents, without special tokens, into a corpus.
+
+    A chunk of them is tokenized while the next one is read.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`; truncation and padding of its own are switched off.
-        directory: the corpus; written beside it first, then renamed.
+        directory: the corpus; an empty directory, or none.
         sentences: note where sentences begin.
     """
 
@@ -113,25 +100,35 @@ class CorpusWriter:
         self.sentences = array("q") if sentences else None
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self.part = directory.with_name(directory.name + ".tmp")
-        shutil.rmtree(self.part, ignore_errors=True)
-        self.part.mkdir(parents=True)
+        self.encode = tokenizer.encode_batch if sentences else tokenizer.encode_batch_fast  # the latter finds no offsets
+        directory.mkdir(parents=True, exist_ok=True)
         self.dtype = "<u2" if tokenizer.get_vocab_size() <= 2**16 else "<u4"
-        self.file = (self.part / "tokens.bin").open("wb")
+        self.file = (directory / "tokens.bin").open("wb")
         self.lengths, self.written = array("q"), 0
         self.chunk: list[str] = []
+        self.characters = 0
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self.coming: tuple[list[str], Future[Any]] | None = None
         self.unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
         self.ledger = dict.fromkeys(("documents", "empty_documents", "characters", "bytes", "tokens", "unknown_tokens"), 0)
 
     def add(self, text: str) -> None:
         """Adds one document."""
         self.chunk.append(text)
-        if len(self.chunk) == CHUNK:
-            self._flush()
+        self.characters += len(text)
+        if len(self.chunk) == CHUNK or self.characters >= CHUNK_CHARACTERS:
+            self._next()
 
-    def _flush(self) -> None:
+    def _next(self) -> None:
+        """Begins with the chunk that was read, and writes the one before."""
+        before, self.coming = self.coming, (self.chunk, self.pool.submit(self.encode, self.chunk, add_special_tokens=False))
+        self.chunk, self.characters = [], 0
+        if before is not None:
+            self._write(before[0], before[1].result())
+
+    def _write(self, texts: list[str], encodings: list[Any]) -> None:
         ledger = self.ledger
-        for text, encoding in zip(self.chunk, self.tokenizer.encode_batch(self.chunk, add_special_tokens=False), strict=True):
+        for text, encoding in zip(texts, encodings, strict=True):
             ids = np.asarray(encoding.ids, dtype=self.dtype)
             ledger["characters"] += len(text)
             ledger["bytes"] += len(text.encode())
@@ -146,23 +143,17 @@ class CorpusWriter:
             self.written += len(ids)
             self.lengths.append(len(ids))
             self.file.write(ids.tobytes())
-        self.chunk.clear()
 
-    def close(self) -> Corpus:
-        """Publishes the corpus and opens it.
-
-        Raises:
-            UserError: no token at all.
-        """
-        self._flush()
+    def close(self) -> dict[str, int]:
+        """Writes what is left and returns the ledger."""
+        self._next()
+        assert self.coming is not None
+        self._write(self.coming[0], self.coming[1].result())
+        self.pool.shutdown()
         self.file.close()
-        if not self.lengths:
-            raise UserError(f"the {self.directory.name} texts hold no token: give more of them, or another share")
-        ends = np.cumsum(np.asarray(self.lengths, dtype=np.int64))
-        np.save(self.part / "ends.npy", ends)
+        np.save(self.directory / "ends.npy", np.cumsum(np.asarray(self.lengths, dtype=np.int64)))
         if self.sentences is not None:
-            np.save(self.part / "sentences.npy", np.asarray(self.sentences, dtype=np.int64))
-        ledger = {**self.ledger, "documents": len(ends), "tokens": int(ends[-1])}
-        (self.part / "corpus.json").write_text(json.dumps({"dtype": self.dtype, **ledger}))
-        publish(self.part, self.directory)
-        return Corpus.open(self.directory)
+            np.save(self.directory / "sentences.npy", np.asarray(self.sentences, dtype=np.int64))
+        ledger = {**self.ledger, "documents": len(self.lengths), "tokens": self.written}
+        (self.directory / "corpus.json").write_text(json.dumps({"dtype": self.dtype, **ledger}))
+        return ledger

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engine.data.batches import BatchPlan
+from engine.data.order import PERIOD, WINDOW, RowOrder
 from engine.data.packing import PackedRows
 from engine.objectives import BESIDE
 from engine.randomness import generator
@@ -18,46 +18,40 @@ if TYPE_CHECKING:
     from engine.data.batches import Batch
     from engine.data.corpus import Corpus
     from engine.evaluate import Ranks
-    from engine.objectives import Objective, Piece
+    from engine.objectives import Frame, Objective, Piece
 
+EVALUATED = 32
+"""Rows of a forward pass without gradients."""
 PROBE_LOGITS = 64
 MULTIPLE = 16
 """The width of a second side is one of this: few shapes, whole vectors."""
 
 
-class PackedBatches:
-    """Batches of packed rows, as a seekable function of (step, rank).
+class PackedShard:
+    """The packed rows of one shard.
 
     Args:
-        corpus: tokenized documents.
-        objective: corrupts the tokens.
-        tokenizer: gives the special tokens around every piece.
+        corpus: its documents.
+        objective: says how long a piece may be.
+        frame: what stands around a text.
         length: tokens per row.
-        batch_size: rows per optimizer step over all ranks.
-        seed: of packing, order and corruption.
+        seed: of the packing.
     """
 
-    def __init__(self, corpus: Corpus, objective: Objective, tokenizer: Any, length: int, batch_size: int, seed: int) -> None:
-        self.corpus, self.objective, self.length, self.seed = corpus, objective, length, seed
-        self.pad = tokenizer.pad_token_id
-        self.frame = objective.frame(tokenizer)
-        around = np.asarray([len(self.frame.before), len(self.frame.after)])
-        self.between = [] if self.frame.between is None else [self.frame.between]
+    def __init__(self, corpus: Corpus, objective: Objective, frame: Frame, length: int, seed: int) -> None:
+        around = np.asarray([len(frame.before), len(frame.after)])
+        self.corpus, self.frame = corpus, frame
+        self.between = [] if frame.between is None else [frame.between]
         self.windows = corpus.windows(objective.longest(length, int(around.sum()) + len(self.between)))
         # Whether what stands before a text stands before each piece, and what stands behind it behind it.
-        self.framed = self.frame.pieces | corpus.borders(self.windows)
+        self.framed = frame.pieces | corpus.borders(self.windows)
         lengths = self.windows[:, 1] - self.windows[:, 0] + self.framed @ around + len(self.between)
         self.packed = PackedRows(objective.row_lengths(lengths), length, seed)
-        self.plan = BatchPlan(np.full(len(self.packed), length), batch_size, seed, bucket=False)
-        self.steps_per_epoch = self.plan.steps_per_epoch
 
     @property
-    def describe(self) -> str:
-        """Size of the data and how full the rows are."""
-        return (
-            f"{len(self.corpus.ends):,} documents, {self.corpus.ends[-1]:,} tokens, {len(self.windows):,} pieces in "
-            f"{len(self.packed):,} rows of {self.length} ({self.packed.fill:.1%} filled), {self.steps_per_epoch:,} steps an epoch"
-        )
+    def counts(self) -> list[int]:
+        """Its rows, pieces, and places in the rows that are filled."""
+        return [len(self.packed), len(self.windows), self.packed.tokens]
 
     def piece(self, number: int) -> Piece:
         """Returns a piece and what stands around it."""
@@ -70,12 +64,90 @@ class PackedBatches:
         elsewhere = functools.partial(self.corpus.elsewhere, first)
         return Piece(before, self.corpus.tokens[first:last], after, self.between, sentences, elsewhere)
 
+
+class PackedBatches:
+    """Batches of packed rows, as a seekable function of (step, rank).
+
+    Documents are packed shard by shard: the memory of a rank is that of the few shards whose rows it reads.
+
+    Args:
+        sources: {name: shards of tokenized documents}; several are mixed.
+        objective: corrupts the tokens.
+        tokenizer: gives the special tokens around every piece.
+        length: tokens per row.
+        batch_size: rows per optimizer step over all ranks.
+        seed: of packing, order and corruption.
+        weights: share of the rows that each source gives, in any unit; or the power of its number of rows that is.
+        ranks: those who share the work.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Sequence[Corpus]],
+        objective: Objective,
+        tokenizer: Any,
+        length: int,
+        batch_size: int,
+        seed: int,
+        weights: Sequence[float] | float = 1.0,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.objective, self.length, self.seed = objective, length, seed
+        self.pad = tokenizer.pad_token_id
+        self.frame = objective.frame(tokenizer)
+        self.sources = sources
+        self._shard = functools.lru_cache(maxsize=2 * WINDOW * len(sources))(self._opened)
+        self._places = [(name, number) for name, shards in sources.items() for number in range(len(shards))]
+        counts = np.zeros((len(self._places), 3))
+        for number in range(ranks.rank if ranks else 0, len(counts), ranks.processes if ranks else 1):
+            counts[number] = self._shard(number).counts
+        if ranks is not None:
+            counts = np.reshape(ranks.sum(*counts.flatten()), counts.shape)
+        self.ends, self.pieces, self.tokens = np.cumsum(counts.astype(np.int64), axis=0).T
+        """Rows, pieces and filled places up to the end of each shard."""
+        sizes = np.split(counts[:, 0].astype(np.int64), np.cumsum([len(shards) for shards in sources.values()])[:-1])
+        if isinstance(weights, float):
+            weights = [float(rows.sum()) ** weights for rows in sizes]
+        self.order = RowOrder(sizes, weights, batch_size, seed)
+        self.steps_per_epoch = self.order.steps_per_epoch
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return int(self.ends[-1])
+
+    @property
+    def describe(self) -> str:
+        """Size of the data and how full the rows are."""
+        fill, shards = self.tokens[-1] / (self.rows * self.length), len(self.ends)
+        return (
+            f"{self.pieces[-1]:,} pieces in {self.rows:,} rows of {self.length} ({fill:.1%} filled)"
+            f"{f' of {shards:,} shards' if shards > 1 else ''}, {self.steps_per_epoch:,} steps an epoch"
+        )
+
+    @property
+    def shares(self) -> list[str]:
+        """Says how several sources are mixed, a line each."""
+        if len(self.sources) == 1:
+            return []
+        parts = zip(self.sources, self.order.streams, self.order.quotas / PERIOD, strict=True)
+        return [
+            f"{name}: {share:.2%} of the rows, each {share * self.order.total / stream.total:.2f} times an epoch"
+            for name, stream, share in parts
+        ]
+
+    def _opened(self, number: int) -> PackedShard:
+        source, shard = self._places[number]
+        return PackedShard(self.sources[source][shard], self.objective, self.frame, self.length, self.seed)
+
     def row(self, epoch: int, row: int) -> dict[str, np.ndarray]:
         """Returns position_ids, segments and the columns of the objective of one packed row, each of shape (length,); of a second
         side, as long as it is."""
+        number = int(np.searchsorted(self.ends, row, side="right"))
+        shard, within = self._shard(number), row - (int(self.ends[number - 1]) if number else 0)
         parts = [
-            self.objective.make(self.piece(piece), generator(self.seed, "mask", epoch, piece))
-            for piece in self.packed.row(epoch, row)
+            self.objective.make(shard.piece(piece), generator(self.seed, "mask", epoch, number, piece))
+            for piece in shard.packed.row(epoch, within)
         ]
         beside = _joined(parts, self.objective.beside, BESIDE) if self.objective.beside else {}
         return {**self._filled(_joined(parts, self.objective.columns), self.length), **beside}
@@ -90,12 +162,12 @@ class PackedBatches:
             filled[name][: len(values)] = values
         return filled
 
-    def collate(self, epoch: int, rows: np.ndarray) -> Batch:
-        """Stacks rows into tensors of shape (rows, length), or (rows, tokens of the longest) of a second side, with `count`,
-        `tokens` and `ends` (see `ends_of`)."""
+    def collate(self, epochs: int | np.ndarray, rows: np.ndarray) -> Batch:
+        """Stacks rows, as they are in these epochs, into tensors of shape (rows, length), or (rows, tokens of the longest) of a
+        second side, with `count`, `tokens` and `ends` (see `ends_of`)."""
         import torch
 
-        columns = [self.row(epoch, int(row)) for row in rows]
+        columns = [self.row(int(epoch), int(row)) for epoch, row in zip(np.broadcast_to(epochs, len(rows)), rows, strict=True)]
         if self.objective.beside:
             widest = -(-max(len(column[f"{BESIDE}segments"]) for column in columns) // MULTIPLE) * MULTIPLE
             second = [name for name in columns[0] if name in self.objective.beside or name.startswith(BESIDE)]
@@ -109,28 +181,33 @@ class PackedBatches:
 
     def at(self, step: int, rank: int, processes: int, micro: int) -> list[Batch]:
         """Returns this rank's micro batches of `step`."""
-        epoch, _ = self.plan.position(step)
-        return [self.collate(epoch, rows) for rows in self.plan.micro_batches(step, rank, processes, micro)]
+        return [self.collate(*places) for places in self.order.micro_batches(step, rank, processes, micro)]
 
     def evaluate(self, model: Any, ranks: Ranks) -> dict[str, float]:
-        """Returns loss (nats per predicted token), perplexity and predicted tokens over all rows, always corrupted alike, and
-        what else the objective measures."""
+        """Returns loss (nats per predicted token), perplexity and predicted tokens over all rows, always corrupted alike, what
+        else the objective measures, and the loss of each of several sources."""
         import torch
 
-        rows = np.arange(len(self.packed))
-        parts = np.array_split(rows, max(1, -(-len(rows) // 32)))
+        parts = [
+            (name, rows)
+            for name, stream in zip(self.sources, self.order.streams, strict=True)
+            for rows in np.array_split(stream.first + np.arange(stream.total), -(-stream.total // EVALUATED))
+        ]
         training = model.training
         model.eval()
-        sums: dict[str, list[float]] = {}
+        several = len(self.sources) > 1
+        sums: dict[str, list[float]] = {f"loss_{source}": [0.0, 0.0] for source in self.sources if several}
         with torch.no_grad(), ranks.autocast():
             for turn in range(-(-len(parts) // ranks.processes)):
                 ranks.poll()
                 index = turn * ranks.processes + ranks.rank
-                batch = self._on(model, self.collate(0, parts[min(index, len(parts) - 1)]))
-                for name, found in self.objective.measure(model, batch).items():
+                source, rows = parts[min(index, len(parts) - 1)]
+                found = self.objective.measure(model, self._on(model, self.collate(0, rows)))
+                found |= {f"loss_{source}": found["loss"]} if several else {}
+                for name, (total, count) in found.items():
                     before = sums.setdefault(name, [0.0, 0.0])
                     if index < len(parts):
-                        sums[name] = [before[0] + float(found[0]), before[1] + float(found[1])]
+                        sums[name] = [before[0] + float(total), before[1] + float(count)]
         model.train(training)
         sums = {name: ranks.sum(*pair) for name, pair in sums.items()}
         means = {name: total / count if count else 0.0 for name, (total, count) in sums.items()}

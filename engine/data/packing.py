@@ -24,31 +24,31 @@ def pack_histogram(counts: np.ndarray, capacity: int) -> list[tuple[tuple[int, .
     Returns:
         (lengths in the row, number of such rows) pairs; every piece is in exactly one row.
     """
-    # groups[space] = {lengths: number of rows} of rows with `space` tokens left.
+    # groups[space] = {lengths: number of rows} of rows with `space` tokens left; bit `space` of open_spaces: there are any.
     groups: dict[int, dict[tuple[int, ...], int]] = {}
-
-    def add(space: int, lengths: tuple[int, ...], rows: int) -> None:
-        group = groups.setdefault(space, {})
-        group[lengths] = group.get(lengths, 0) + rows
-
+    open_spaces = 0
     for length in range(capacity, 0, -1):
         left = int(counts[length])
         while left:
-            space = next((s for s in range(length, capacity) if groups.get(s)), None)
-            if space is None:
-                # As few new rows as can take all that is left; the loop then fills them.
-                opened = -(-left // (capacity // length))
-                add(capacity - length, (length,), opened)
-                left -= opened
-                continue
-            lengths, rows = next(iter(groups[space].items()))
-            used = min(rows, left)
-            if used == rows:
-                del groups[space][lengths]
+            fitting = open_spaces >> length
+            if fitting:
+                space = length + (fitting & -fitting).bit_length() - 1
+                group = groups[space]
+                lengths, rows = next(iter(group.items()))
+                used = min(rows, left)
+                if used < rows:
+                    group[lengths] = rows - used
+                else:
+                    del group[lengths]
+                    open_spaces ^= 0 if group else 1 << space
+                space, lengths, left = space - length, (*lengths, length), left - used
             else:
-                groups[space][lengths] = rows - used
-            add(space - length, (*lengths, length), used)
-            left -= used
+                # As few new rows as can take all that is left; the loop then fills them.
+                used = -(-left // (capacity // length))
+                space, lengths, left = capacity - length, (length,), left - used
+            group = groups.setdefault(space, {})
+            group[lengths] = group.get(lengths, 0) + used
+            open_spaces |= 1 << space
     return [(lengths, rows) for space in sorted(groups) for lengths, rows in groups[space].items()]
 
 
@@ -66,7 +66,8 @@ class PackedRows:
         self.seed = seed
         lengths = np.asarray(lengths)
         counts = np.bincount(lengths, minlength=capacity + 1)
-        self._pools = {int(n): np.flatnonzero(lengths == n) for n in np.flatnonzero(counts)}
+        by_length = np.split(np.argsort(lengths.astype(np.min_scalar_type(capacity)), kind="stable"), np.cumsum(counts)[:-1])
+        self._pools = {int(n): by_length[n] for n in np.flatnonzero(counts)}
         self.patterns = pack_histogram(counts, capacity)
         self._first_row = np.cumsum([0] + [rows for _, rows in self.patterns])
         # Where each place of each pattern starts in the pool of its length.
@@ -82,11 +83,6 @@ class PackedRows:
 
     def __len__(self) -> int:
         return int(self._first_row[-1])
-
-    @property
-    def fill(self) -> float:
-        """Share of the places that hold a real token."""
-        return self.tokens / (len(self) * self.capacity)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - one packing lives as long as its training
     def _pieces(self, epoch: int) -> dict[int, np.ndarray]:

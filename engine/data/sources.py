@@ -87,14 +87,22 @@ class SourceRows:
         recipe: finds the files.
         columns: the columns that every kept row must fill, and what is made of their cells.
         lines: look no further than this line of each file; the rows that are kept may then all lie behind it.
+        files: only these of its files, which may then hold no row.
 
     Raises:
         UserError: a file is missing, or its layout unknown.
     """
 
-    def __init__(self, source: SourceConfig, recipe: Recipe, columns: Mapping[str, Cell], lines: int | None = None) -> None:
-        self.source, self.columns, self.lines = source, columns, lines
-        self.layouts = [find_layout(found, source) for found in _found(source, recipe)]
+    def __init__(
+        self,
+        source: SourceConfig,
+        recipe: Recipe,
+        columns: Mapping[str, Cell],
+        lines: int | None = None,
+        files: slice | None = None,
+    ) -> None:
+        self.source, self.columns, self.lines, self.files = source, columns, lines, files
+        self.layouts = [find_layout(found, source) for found in files_of(source, recipe)[files or slice(None)]]
         self.kept = self.dropped = 0
         self.joined: set[str] = set()
         """Text columns in which lists of words were found."""
@@ -139,7 +147,7 @@ class SourceRows:
                     self.kept += 1
                     yield found
             self.complete = self.complete and (self.lines is None or max(line, count) < self.lines)  # all may stand on one
-        if self.kept == 0 and self.complete:
+        if self.kept == 0 and self.complete and self.files is None:
             raise UserError(f"{self.source.shown}: {self._nothing(seen)}: an empty data set cannot be used")
 
     def _wanted(self, row: PlacedRow, seen: dict[str, dict[str, None]], layout: Layout) -> bool:
@@ -187,7 +195,8 @@ class SourceRows:
         return f"no rows where {wanted}" + (f" ({column} holds {listed})" if values else "")
 
 
-def _found(source: SourceConfig, recipe: Recipe) -> list[Path | str | dict[str, Path]]:
+def files_of(source: SourceConfig, recipe: Recipe) -> list[Path | str | dict[str, Path]]:
+    """Returns what a source is read from, in order: files, data sets, or {column: file}."""
     if isinstance(source.path, dict):
         return [{column: recipe.find_file(path) for column, path in source.path.items()}]
     found: list[Path | str | dict[str, Path]] = []

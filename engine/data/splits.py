@@ -169,6 +169,17 @@ def parts_of(data: DataConfig) -> dict[str, dict[str, SourceConfig] | float]:
     return {name: {"": part} if isinstance(part, SourceConfig) else part for name, part in parts.items() if part}
 
 
+def split_of(data: DataConfig, text: str) -> str:
+    """Returns the split to which a text of the training files belongs, by its hash."""
+    shares = [(name, part) for name, part in parts_of(data).items() if isinstance(part, float)]
+    place, low = share_of(text) if shares else 1.0, 0.0
+    for name, share in shares:
+        if low <= place < low + share:
+            return name
+        low += share
+    return "train"
+
+
 def iter_splits(
     data: DataConfig,
     recipe: Recipe,
@@ -183,19 +194,11 @@ def iter_splits(
         notes: gets what is to be said.
         sets: gets {name: rows} of test sets that have names.
     """
-    shares: list[tuple[str, float, float]] = []
-    low = 0.0
     for split, part in parts_of(data).items():
-        if isinstance(part, float):
-            shares.append((split, low, low + part))
-            low += part
-            continue
-        cut = shares if split == "train" else []
-        for named, source in part.items():
+        for named, source in part.items() if isinstance(part, dict) else ():
             rows = SourceRows(source, recipe, columns)
             for row in rows:
-                share = share_of(str(row[key])) if cut else 1.0
-                yield next((name for name, low, high in cut if low <= share < high), split), row
+                yield split_of(data, str(row[key])) if split == "train" else split, row
             notes += [note for note in rows.describe if note not in notes]
             if named and sets is not None:
                 sets[named] = rows.kept

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from engine.data.corpus import Corpus
-
     Batch = dict[str, torch.Tensor]
     Parts = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -145,12 +143,12 @@ class Objective(abc.ABC):
     def adapt(cls, model: Any) -> None:
         """Changes a new model's heads before it has weights worth keeping, in place."""
 
-    def remarks(self, corpus: Corpus) -> list[str]:
-        """Returns what its user should know about the text, a line each."""
+    def remarks(self, tokens_N: np.ndarray) -> list[str]:
+        """Returns what its user should know about the text, of which these are tokens, a line each."""
         return []
 
-    def begin(self, model: Any, corpus: Corpus) -> None:  # noqa: B027 - most objectives know nothing
-        """Sets what a new model can know before its first step, in place."""
+    def begin(self, model: Any, tokens_N: np.ndarray) -> None:  # noqa: B027 - most objectives know nothing
+        """Sets what a new model can know from tokens of the text before its first step, in place."""
 
     @abc.abstractmethod
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:

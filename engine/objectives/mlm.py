@@ -6,7 +6,7 @@ Shapes: L tokens of a piece.
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -17,13 +17,8 @@ from engine.objectives import _tokens
 from engine.objectives._tokens import IGNORED
 from engine.objectives._words import Words
 
-if TYPE_CHECKING:
-    from engine.data.corpus import Corpus
-
-FREQUENCY_TOKENS = 10_000_000
-"""Tokens from the top of the corpus from which frequencies are estimated."""
 REMARKED_TOKENS = 1_000_000
-"""Tokens from the top of the corpus whose words are looked at."""
+"""Tokens whose words are looked at, at most."""
 SPAN_STOPS, LONGEST_SPAN = 0.2, 10
 """Spans have a geometric number of words, up to a longest one, 3.6 on average (SpanBERT, arXiv:1907.10529, section 3.1)."""
 
@@ -90,8 +85,8 @@ class Objective(_tokens.Objective):
         words = None if config.unit == "token" else Words(tokenizer, config.segmenter is not None)
         return cls(config, len(tokenizer), tokenizer.mask_token_id, tokenizer.all_special_ids, words)
 
-    def remarks(self, corpus: Corpus) -> list[str]:
-        return [] if self.words is None else self.words.remarks(np.asarray(corpus.tokens[:REMARKED_TOKENS], dtype=np.int64))
+    def remarks(self, tokens_N: np.ndarray) -> list[str]:
+        return [] if self.words is None else self.words.remarks(tokens_N[:REMARKED_TOKENS].astype(np.int64))
 
     def corrupt(self, tokens_L: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns input_ids (corrupted) and labels, both of shape (L,); labels are IGNORED where nothing is predicted."""
@@ -128,8 +123,8 @@ class Objective(_tokens.Objective):
         np.add.at(borders, np.minimum(ends, before + words), -1)
         return (np.cumsum(borders)[before:-1] > 0)[word_L]
 
-    def begin(self, model: Any, corpus: Corpus) -> None:
-        predict_frequencies(model, corpus)
+    def begin(self, model: Any, tokens_N: np.ndarray) -> None:
+        predict_frequencies(model, tokens_N)
 
     @classmethod
     def share(cls, config: Config) -> float:
@@ -146,7 +141,7 @@ def span_rate(share: float) -> float:
     return low
 
 
-def predict_frequencies(model: Any, corpus: Corpus) -> None:
+def predict_frequencies(model: Any, tokens_N: np.ndarray) -> None:
     """Sets the bias of the vocabulary projection to the log frequencies of the tokens (Meister et al. 2023, arXiv:2212.09686).
 
     The weights then learn from the first step on what depends on the context, not first how frequent every token is.
@@ -157,6 +152,6 @@ def predict_frequencies(model: Any, corpus: Corpus) -> None:
     bias = model.get_output_embeddings().bias
     if bias is None:
         return
-    counts = np.bincount(corpus.tokens[:FREQUENCY_TOKENS], minlength=len(bias))[: len(bias)] + 1.0
+    counts = np.bincount(tokens_N, minlength=len(bias))[: len(bias)] + 1.0
     with torch.no_grad():
         bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))

@@ -19,8 +19,9 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic
 
 from engine.config import STAGE_FILE, ModelRef, Recipe, Section, load_recipe, references
@@ -36,12 +37,19 @@ SHARED = ".shared"
 
 
 def hash_directory(
-    directory: Path, skip: tuple[str, ...] = (), sha256: Callable[[Path], str] = sha256
+    directory: Path,
+    skip: tuple[str, ...] = (),
+    sha256: Callable[[Path], str] = sha256,
+    known: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any]]:
-    """Returns {relative path: {"sha256", "bytes"}} of every file below `directory`, sorted by path."""
+    """Returns {relative path: {"sha256", "bytes"}} of every file below `directory`, sorted by path; `known` ones are not read."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     names = {path.relative_to(directory).as_posix(): path for path in files}
-    return {name: {"sha256": sha256(path), "bytes": path.stat().st_size} for name, path in names.items() if name not in skip}
+    return {
+        name: known.get(name) or {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for name, path in names.items()
+        if name not in skip
+    }
 
 
 def digest(value: Any) -> str:
@@ -182,6 +190,8 @@ class Stage(Generic[Section]):
         self.partial = self.directory.with_name(name + ".partial")
         self.output = self.partial / "output"
         self.restart = False
+        self.known: dict[str, dict[str, Any]] = {}
+        """Entries of files of `output` that were hashed already, as `hash_directory` gives them."""
         self._begun = False
 
     def upstream(self) -> list[str]:
@@ -291,7 +301,7 @@ class Stage(Generic[Section]):
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             **facts,
-            "files": hash_directory(self.output),
+            "files": hash_directory(self.output, known=self.known),
         }
         (self.output / STAGE_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         publish(self.output, self.directory)

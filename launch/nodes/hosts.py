@@ -107,7 +107,7 @@ def show_commands(
 def show_stages(stages: list[Stage[Any]], overrides: list[str], places: list[Place]) -> None:
     """Prints the `accelerate launch` by which each node will take part in each training stage."""
     for stage in stages:
-        for place in places if KINDS[stage.kind].trains else []:
+        for place in places if KINDS[stage.kind].spread else []:
             print(f"# stage {stage.name} on node {place.rank}\n#   {shlex.join(local.command(stage, overrides, place))}")
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from engine.config import ModelRef, Recipe
+from engine.corpus import CorpusConfig
 from engine.errors import UserError
 from engine.models import load_model, load_tokenizer, set_dropout, size_of
-from engine.models.scratch import build_model
+from engine.models.scratch import ScratchConfig, build_model
 from engine.objectives import Objective, objective_class
 from engine.pretrain import PretrainConfig, rounded
 from engine.stages.stage import Stage, read_stage
@@ -89,15 +90,18 @@ def _extended(build: Build, vocabulary: int) -> Build:
     return changed
 
 
-def _vocabulary(recipe: Recipe, config: PretrainConfig) -> int:
+def _vocabulary(recipe: Recipe, config: PretrainConfig | CorpusConfig) -> int:
     if config.tokenizer is not None and config.tokenizer.train:
         return config.tokenizer.train.vocab_size
-    more = config.tokenizer.extend.count if config.tokenizer is not None and config.tokenizer.extend is not None else 0
-    reference = (config.tokenizer and config.tokenizer.model) or config.model
+    more = 0
+    reference: ModelRef | ScratchConfig | None = None if config.tokenizer is None else config.tokenizer.model
+    if isinstance(config, PretrainConfig):
+        more = config.tokenizer.extend.count if config.tokenizer is not None and config.tokenizer.extend is not None else 0
+        reference = reference or next((part.corpus for part in config.corpus), config.model)
     assert isinstance(reference, ModelRef)
     if reference in recipe.stages and read_stage(recipe.directory(reference)) is None:
         upstream = recipe.section(reference, KINDS[recipe.stages[reference][0]].config)
-        if isinstance(upstream, PretrainConfig):
+        if isinstance(upstream, (PretrainConfig, CorpusConfig)):
             return _vocabulary(recipe, upstream) + more
         raise UserError(f"{recipe.path}: the tokenizer of stage '{reference}' is known once that stage has run")
     return len(load_tokenizer(recipe.find_model(reference))) + more

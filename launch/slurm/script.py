@@ -121,7 +121,7 @@ class Batch:
         Raises:
             UserError: it is not valid bash, which can only come from the set-up lines.
         """
-        options, trains = self.options, KINDS[stage.kind].trains
+        options, spread = self.options, KINDS[stage.kind].spread
         exclude = options.resources.get("exclude")
         text: str = _template().render(
             stage=stage.name,
@@ -132,12 +132,12 @@ class Batch:
             settings=self.tasks[0].settings,
             max_requeues=options.max_requeues,
             setup=options.setup,
-            nodes=options.nodes if trains else 1,
+            nodes=options.nodes if spread else 1,
             command=self._command(stage),
-            node_options=self._node_options() if trains else [],
+            node_options=self._node_options() if spread else [],
             restart=self.restart,
             srun=self._container(),
-            preflight=options.preflight and trains,
+            preflight=options.preflight and KINDS[stage.kind].trains,
             exclude=f"{exclude}," if exclude else "",
             after=self.after,
             PREEMPTED=PREEMPTED,
@@ -150,14 +150,14 @@ class Batch:
         return text
 
     def _options(self, stage: Stage[Any]) -> list[str]:
-        options, trains = self.options, KINDS[stage.kind].trains
-        gpus = options.gpus_per_node and (options.gpus_per_node if trains else 1)
+        options, spread = self.options, KINDS[stage.kind].spread
+        gpus = options.gpus_per_node and (options.gpus_per_node if spread else 1)
         given: dict[str, Any] = {
             "job-name": f"{options.job_name or self.name}-{stage.name}",
             "chdir": os.getcwd(),
             "output": self.jobs / ("%A_%a.log" if self.array else "%j.log"),
             "open-mode": "append",
-            "nodes": options.nodes if trains else 1,
+            "nodes": options.nodes if spread else 1,
             "ntasks-per-node": 1,
             "gpus-per-node": gpus,
             **options.resources,

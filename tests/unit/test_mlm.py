@@ -104,7 +104,7 @@ def test_loss_and_logits_equal_those_of_hugging_face():
 def test_a_new_model_predicts_every_token_as_often_as_the_corpus_has_it():
     model = tiny_masked_lm()
     tokens = np.repeat(np.arange(8), np.arange(8))
-    predict_frequencies(model, SimpleNamespace(tokens=tokens))
+    predict_frequencies(model, tokens)
     bias = model.cls.predictions.bias
     expected = np.bincount(tokens, minlength=len(bias)) + 1.0
     np.testing.assert_allclose(bias.detach().exp().numpy(), expected / expected.sum(), rtol=1e-5)
@@ -114,7 +114,7 @@ def test_log_frequencies_are_not_rounded_under_autocast():
     shape = ScratchConfig(layers=1, hidden=32, heads=4, positions=16)
     model = build_model(shape, Objective.head, 64, {"pad_token_id": 0}).eval()
     Objective.adapt(model)
-    predict_frequencies(model, SimpleNamespace(tokens=np.repeat(np.arange(64), np.arange(64) ** 2)))
+    predict_frequencies(model, np.repeat(np.arange(64), np.arange(64) ** 2))
     bias = model.cls.predictions.bias
     hidden = torch.zeros(3, 32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

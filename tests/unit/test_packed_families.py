@@ -111,13 +111,13 @@ class Tokens:
 def packed_of(documents, objective, length):
     tokens = np.concatenate(documents).astype("<u2")
     corpus = Corpus(tokens, np.cumsum([len(document) for document in documents]))
-    return PackedBatches(corpus, objective, Tokens, length, 2, 0)
+    return PackedBatches({"": [corpus]}, objective, Tokens, length, 2, 0)
 
 
 def pieces_of(documents, objective, length):
     packed = packed_of(documents, objective, length)
     found = []
-    for row in range(len(packed.packed)):
+    for row in range(packed.rows):
         columns = packed.row(0, row)
         for number in range(1, columns["segments"].max() + 1):
             found.append({name: values[columns["segments"] == number].tolist() for name, values in columns.items()})

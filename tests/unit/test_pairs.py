@@ -33,12 +33,12 @@ def corpus():
 
 def batches_of(corpus, kind, seed=1):
     objective = MODULES[kind].Objective(MODULES[kind].Config(mask=1e-9), VOCABULARY, MASK, [0, 1, 2, 3, 4])
-    return PackedBatches(corpus, objective, Tokenizer, LENGTH, 8, seed)
+    return PackedBatches({"": [corpus]}, objective, Tokenizer, LENGTH, 8, seed)
 
 
 def pairs_of(batches, epoch=0):
     """Yields (label, first part, second part) of all pairs of an epoch; masking is off."""
-    for number in range(len(batches.packed)):
+    for number in range(batches.rows):
         row = batches.row(epoch, number)
         for segment in range(1, row["segments"].max() + 1):
             part = {name: values[row["segments"] == segment] for name, values in row.items()}
@@ -112,7 +112,8 @@ def test_where_sentences_begin_is_noted_in_tokens(tmp_path):
     texts = ["great film . bad plot ! the end", "film", "bad .\ngreat film"]
     for text in texts:
         writer.add(text)
-    corpus = writer.close()
+    writer.close()
+    corpus = Corpus.open(tmp_path / "train")
     assert corpus.ends.tolist() == [8, 9, 13]
     assert corpus.sentences.tolist() == [3, 6, 11]
     assert corpus.sentences_in(0, 8).tolist() == [3, 6]
@@ -132,7 +133,7 @@ def model_of(kind):
 @pytest.mark.parametrize("kind", MODULES)
 def test_the_losses_of_packed_pairs_are_those_of_transformers_own_class(corpus, kind):
     objective = MODULES[kind].Objective(MODULES[kind].Config(mask=0.3), VOCABULARY, MASK, [0, 1, 2, 3, 4])
-    batches = PackedBatches(corpus, objective, Tokenizer, LENGTH, 8, 1)
+    batches = PackedBatches({"": [corpus]}, objective, Tokenizer, LENGTH, 8, 1)
     batch, model = batches.collate(0, np.arange(6)), model_of(kind)
     tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
     masked = weighted = pairs = right = predicted = 0.0

@@ -59,7 +59,7 @@ def objective(tokenizer=None, **keys):
 def batches_of(tokenizer, objective):
     ends = np.cumsum(np.random.default_rng(0).integers(1, 60, 60))
     tokens = np.random.default_rng(1).integers(10, VOCABULARY, ends[-1])
-    return PackedBatches(Corpus(tokens, ends), objective, tokenizer, LENGTH, 8, 1)
+    return PackedBatches({"": [Corpus(tokens, ends)]}, objective, tokenizer, LENGTH, 8, 1)
 
 
 @pytest.mark.parametrize(("one_in", "longest"), [(6, 5), (5, 1), (10, 8)])
@@ -119,7 +119,7 @@ def test_every_token_is_in_one_piece_of_an_epoch_with_what_its_tokenizer_puts_ar
     batches = batches_of(tokenizer, objective(tokenizer))
     (before, after), (first, last) = tokenizer.around, tokenizer.types
     found = []
-    for number in range(len(batches.packed)):
+    for number in range(batches.rows):
         row = batches.row(1, number)
         for segment in range(1, row["segments"].max() + 1):
             here = row["segments"] == segment
@@ -128,7 +128,7 @@ def test_every_token_is_in_one_piece_of_an_epoch_with_what_its_tokenizer_puts_ar
             assert row["token_type_ids"][here].tolist() == [*first, *[0] * (end - len(before)), *last]
             found.append(ids[len(before) : end])
         assert (row["order"][row["segments"] == 0] == CONTEXT).all()
-    assert sorted(np.concatenate(found)) == sorted(batches.corpus.tokens)
+    assert sorted(np.concatenate(found)) == sorted(batches.sources[""][0].tokens)
 
 
 def model_of():

@@ -26,7 +26,7 @@ from tests.recipes import (
 SHAPE = {"layers": 2, "hidden": 32, "heads": 4, "positions": 64}
 BPE = {"train": {"type": "bpe", "vocab_size": 300}}
 SENTINELS = {"train": {"type": "bpe", "vocab_size": 400}}
-LONGER = train_section(steps=30, learning_rate=3e-3, evaluate_every=15)
+LONGER = train_section(steps=30, learning_rate=3e-3, evaluate_every=15, keep="last")
 
 
 def new_model(family, objective, tokenizer=None, **changes):

@@ -17,7 +17,7 @@ from launch.check import FIRST_LINES, check_recipe
 from launch.nodes.place import Place, Supervision
 from launch.operators import ASYNC_IO, CPU_ADAM, SHARED_MEMORY, needed_operators
 from launch.recipe import KINDS, load_stages
-from tests.recipes import finetune_section, pretrain_section, ragged_rows, train_section, write_recipe, write_rows
+from tests.recipes import corpus_section, finetune_section, pretrain_section, ragged_rows, train_section, write_recipe, write_rows
 
 TASK = {"type": "classification"}
 DATA = {"train": "rows.jsonl", "validation": "25%"}
@@ -28,7 +28,8 @@ def distill_section(teacher, **changes):
 
 
 CHAIN = {
-    "base": {"pretrain": pretrain_section()},
+    "text": {"corpus": corpus_section()},
+    "base": {"pretrain": pretrain_section(corpus="text", tokenizer=None, data=None)},
     "teacher": {"finetune": finetune_section(model="base")},
     "student": {"distill": distill_section("teacher", student={"layers": 1})},
     "best": {"select": {"models": ["teacher", "student"], "task": TASK, "data": DATA, "max_length": 32}},
@@ -48,6 +49,7 @@ def test_every_kind_of_stage_is_in_the_chain_and_the_chain_is_ready(tmp_path):
     said = check(write_recipe(tmp_path, CHAIN))
     assert list(said) == list(CHAIN)
     assert {next(iter(body)) for body in CHAIN.values()} == set(KINDS)
+    assert said["text"] == "reads model"
     assert said["engine"] == "reads int8, teacher"
     assert said["teacher"] == "6 steps, batch 8 = micro 8 × processes 1 × accumulation 1"
 
@@ -55,7 +57,8 @@ def test_every_kind_of_stage_is_in_the_chain_and_the_chain_is_ready(tmp_path):
 def test_stages_know_what_they_read(tmp_path):
     stages = load_stages(load_recipe(write_recipe(tmp_path, CHAIN)))
     assert {stage.name: stage.upstream() for stage in stages} == {
-        "base": [],
+        "text": [],
+        "base": ["text"],
         "teacher": ["base"],
         "student": ["teacher"],
         "best": ["teacher", "student"],
@@ -75,7 +78,7 @@ def test_stages_know_what_they_read(tmp_path):
         ("best.models=[teacher]", "best.select.models: list should have at least 2 items"),
         ("best.models=[teacher, teacher]", "models names one of them twice"),
         ("teacher.data.slices=[product]", "rows.jsonl:1: no column 'product' to slice by (known: label, length, text)"),
-        ("base.data.slices=length", "data.slices: pretraining judges no single rows"),
+        ("text.data.slices=length", "data.slices: pretraining judges no single rows"),
         ("teacher.data.slices=[length, label]", None),
         ("teacher.data.test={near: rows.jsonl, far: row.jsonl}", "row.jsonl: no such file"),
         (
@@ -100,7 +103,7 @@ def test_stages_know_what_they_read(tmp_path):
         ("teacher.data.train=recipe.yaml", "unknown format '.yaml'"),
         ("teacher.task.text=txt", "rows.jsonl:1: no column 'txt' in this row: did you mean 'text'?"),
         ("student.transfer={path: rows.jsonl, text: body}", "rows.jsonl:1: no column 'body'"),
-        ("base.text=body", "rows.jsonl:1: no column 'body'"),
+        ("text.text=body", "rows.jsonl:1: no column 'body'"),
     ],
 )
 def test_check_finds_what_would_stop_a_stage(tmp_path, override, message):

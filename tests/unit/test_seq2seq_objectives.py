@@ -42,7 +42,8 @@ def batches_of(objective, tokenizer, length=LENGTH):
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts()]
     ends = np.cumsum([len(part) for part in ids])
     sentences = np.asarray([end + 3 for end in ends[:-1] if end + 3 not in set(ends.tolist())])
-    return PackedBatches(Corpus(np.concatenate(ids), ends, sentences=sentences), objective, tokenizer, length, 8, 1)
+    corpus = Corpus(np.concatenate(ids), ends, sentences=sentences)
+    return PackedBatches({"": [corpus]}, objective, tokenizer, length, 8, 1)
 
 
 def test_a_learnt_vocabulary_is_the_same_again_and_gives_the_text_back(tokenizer, tmp_path):
@@ -150,7 +151,7 @@ def test_sentences_are_permuted_for_the_encoder_alone():
 def test_every_token_is_in_one_row_of_an_epoch(tokenizer, family, module):
     batches = batches_of(objective_of(module, tokenizer), tokenizer)
     back = []
-    for number in range(len(batches.packed)):
+    for number in range(batches.rows):
         row = batches.row(1, number)
         assert row["segments"].shape == (LENGTH,)
         assert (np.diff(np.unique(row["beside_segments"])) == 1).all()
@@ -158,7 +159,7 @@ def test_every_token_is_in_one_row_of_an_epoch(tokenizer, family, module):
         special = set(tokenizer.all_special_ids) | {IGNORED}
         names = ("input_ids", "labels") if module is span_corruption else ("labels",)
         back += [int(token) for name in names for token in row[name] if int(token) not in special]
-    assert sorted(back) == sorted(batches.corpus.tokens.tolist())
+    assert sorted(back) == sorted(batches.sources[""][0].tokens.tolist())
 
 
 def model_of(family, tokenizer):

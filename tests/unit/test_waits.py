@@ -64,7 +64,7 @@ def test_the_counting_counts():
 def test_masked_tokens_and_pairs(step, corpus, kind):  # noqa: F811
     module = test_pairs.MODULES[kind]
     objective = module.Objective(module.Config(mask=0.3), test_pairs.VOCABULARY, test_pairs.MASK, [0, 1, 2, 3, 4])
-    batches = PackedBatches(corpus, objective, test_pairs.Tokenizer, test_pairs.LENGTH, 8, 1)
+    batches = PackedBatches({"": [corpus]}, objective, test_pairs.Tokenizer, test_pairs.LENGTH, 8, 1)
     assert not step(test_pairs.model_of(kind), objective, batches)
 
 
