@@ -19,7 +19,6 @@ import numpy as np
 
 from benchmarks.figures import ROOT, figure, head, write_result
 from engine.config import load_recipe
-from engine.data.packing import PackedRows
 from engine.intervals import median_interval, ratio_interval
 from engine.pretrain import PretrainConfig
 from engine.stages.stage import Stage, stage_main
@@ -90,7 +89,7 @@ def _resume(fit: Any, step: int, timed: Any) -> float:
     fit.checkpoints.wait()
     fit.processes.barrier()
     for stream in fit.batches.order.streams:
-        for cached in (stream._shards, stream._window, fit.batches._shard, PackedRows._pieces):
+        for cached in (stream._shards, stream._window, fit.batches._shard):
             cached.cache_clear()
 
     def work() -> None:

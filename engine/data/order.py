@@ -10,7 +10,7 @@ import numpy as np
 
 from engine.randomness import generator
 
-WINDOW = 4
+WINDOW = 16
 """Shards whose rows are mixed at a time: a rank holds no more of a corpus than twice as many."""
 PERIOD = 2**16
 """Rows after which every source has had exactly its share of them, to one in so many."""

@@ -47,6 +47,7 @@ class PackedShard:
         self.framed = frame.pieces | corpus.borders(self.windows)
         lengths = self.windows[:, 1] - self.windows[:, 0] + self.framed @ around + len(self.between)
         self.packed = PackedRows(objective.row_lengths(lengths), length, seed)
+        self.windows = self.windows.astype(np.min_scalar_type(len(corpus.tokens)))
 
     @property
     def counts(self) -> list[int]:

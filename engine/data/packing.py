@@ -66,7 +66,8 @@ class PackedRows:
         self.seed = seed
         lengths = np.asarray(lengths)
         counts = np.bincount(lengths, minlength=capacity + 1)
-        by_length = np.split(np.argsort(lengths.astype(np.min_scalar_type(capacity)), kind="stable"), np.cumsum(counts)[:-1])
+        order = np.argsort(lengths.astype(np.min_scalar_type(capacity)), kind="stable")
+        by_length = np.split(order.astype(np.min_scalar_type(len(lengths))), np.cumsum(counts)[:-1])
         self._pools = {int(n): by_length[n] for n in np.flatnonzero(counts)}
         self.patterns = pack_histogram(counts, capacity)
         self._first_row = np.cumsum([0] + [rows for _, rows in self.patterns])
@@ -80,12 +81,12 @@ class PackedRows:
                 taken[n] = starts[-1] + rows
             self._starts.append(starts)
         self.tokens = int(lengths.sum())
+        self._pieces = functools.lru_cache(maxsize=2)(self._permuted)  # a batch may reach into the next epoch
 
     def __len__(self) -> int:
         return int(self._first_row[-1])
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - one packing lives as long as its training
-    def _pieces(self, epoch: int) -> dict[int, np.ndarray]:
+    def _permuted(self, epoch: int) -> dict[int, np.ndarray]:
         return {n: generator(self.seed, "pack", epoch, n).permutation(pool) for n, pool in self._pools.items()}
 
     def row(self, epoch: int, row: int) -> list[int]:
