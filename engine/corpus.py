@@ -205,7 +205,7 @@ def _publish(stage: Stage[CorpusConfig], directory: Path, files: dict[str, Any],
 
     corpora = {split: Shards(directory, split) for split in SPLITS}
     for split, corpus in corpora.items():
-        print(f"  {split}: {corpus.describe}, {len(corpus):,} shard{'s' if len(corpus) > 1 else ''}", flush=True)
+        print(f"  {split}: {corpus.describe}, shards: {len(corpus):,}", flush=True)
     tokenizer.save_pretrained(stage.output)
     shutil.copytree(directory, stage.output / SHARDS, copy_function=_linked)
     stage.known = {f"{SHARDS}/{name}": entry for name, entry in files.items()}

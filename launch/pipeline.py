@@ -212,7 +212,7 @@ def summary(stages: list[Stage[Any]], ran: list[str]) -> Table:
         seconds = f"{record['seconds']['this_run']:.0f}" if stage.name in ran else ""
         if "metrics" not in record:
             told = record["corpus"]["train"]
-            table.add_row(stage.name, stage.kind, seconds, "", "", f"{told['tokens']:,} tokens in {told['shards']:,} shards")
+            table.add_row(stage.name, stage.kind, seconds, "", "", f"{told['tokens']:,} tokens, shards: {told['shards']:,}")
             continue
         size = f"{record['weight_bytes'] / 1e6:.1f}"
         table.add_row(stage.name, stage.kind, seconds, f"{record['parameters']:,}", size, _result(record))

@@ -189,9 +189,9 @@ class Builder:
 
     def describe(self, processes: int) -> str:
         """Says how the work is spread."""
-        files = f"{len(self.units):,} unit{'s' if len(self.units) > 1 else ''} of files"
-        idle = f": {processes - len(self.units)} have nothing to do" if processes > len(self.units) else ""
-        return f"{files}, read by {processes} process{'es' if processes > 1 else ''}{idle}"
+        files = sum(len(files_of(unit.source, self.recipe)[unit.files]) for unit in self.units)
+        idle = f" ({processes - len(self.units)} of them have nothing to do)" if processes > len(self.units) else ""
+        return f"files: {files:,}, read in {len(self.units):,} parts by {processes} process{'es' if processes > 1 else ''}{idle}"
 
     def finish(self) -> dict[str, dict[str, Any]]:
         """Says which shards there are, once every unit is finished.

@@ -24,15 +24,15 @@ def texts(tmp_path_factory):
 def alone(texts, tmp_path_factory):
     runs = tmp_path_factory.mktemp("alone") / "runs"
     out = succeed(Bothways(texts, runs, "--stage", "text"))
-    assert "read by 1 process" in out
+    assert "files: 6, read in 6 parts by 1 process" in out
     return runs / "tiny" / "text"
 
 
 def test_two_processes_make_the_bytes_of_one_and_train_on_them(texts, alone, tmp_path):
     out = succeed(Bothways(texts, tmp_path / "runs", *TOGETHER))
-    assert "6 units of files, read by 2 processes" in out
+    assert "files: 6, read in 6 parts by 2 processes" in out
     shards = len(list((alone / "corpus").glob("*/train/tokens.bin")))
-    assert shards > 6 and f"of {shards} shards" in out and f"tokens in {shards} shards" in out
+    assert shards > 6 and f"of {shards} shards" in out and f"tokens, shards: {shards}" in out
     ours = tmp_path / "runs/tiny"
     assert hash_directory(ours / "text" / "corpus") == hash_directory(alone / "corpus")
     assert read_stage(ours / "text")["files"] == read_stage(alone)["files"]
