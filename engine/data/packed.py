@@ -197,7 +197,7 @@ class PackedBatches:
         training = model.training
         model.eval()
         several = len(self.sources) > 1
-        sums: dict[str, list[float]] = {f"loss_{source}": [0.0, 0.0] for source in self.sources if several}
+        sums = {name: [0.0, 0.0] for name in ("loss", *(f"loss_{source}" for source in self.sources)) if several}
         with torch.no_grad(), ranks.autocast():
             for turn in range(-(-len(parts) // ranks.processes)):
                 ranks.poll()
