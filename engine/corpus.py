@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from engine.config import Strict, TokenizerRef
 from engine.data.splits import DataConfig
 from engine.data.vocabulary import SPECIAL_TOKENS
+from engine.errors import UserError, did_you_mean
 from engine.objectives import AnyObjective, Objective, default_objective, objective_class
 from engine.stages import heartbeat
 from engine.stages.stage import Stage, stage_main
@@ -41,14 +42,23 @@ class NewTokenizer(Strict):
     """Fold case; None: WordPiece does, BPE does not."""
     documents: int | None = Field(None, ge=1)
     """Learn from this many documents only, from the top."""
+    special_tokens: list[str] = []
+    """More tokens that no text is broken into, such as those of languages: [en_XX, de_DE]; not of `wordpiece`."""
 
 
-def require_learnt(new: NewTokenizer, objective: type[Objective]) -> None:
-    """Raises ValueError when a vocabulary that is learnt lacks what the objective needs."""
+def require_learnt(new: NewTokenizer, objective: type[Objective], language: str | None) -> None:
+    """Raises ValueError when a vocabulary that is learnt lacks what the objective needs, or the token of the language."""
+    if language is not None and language not in new.special_tokens:
+        raise ValueError(f"language: the vocabulary has no {language}: name it in tokenizer.train.special_tokens")
     missing = [name for name in objective.special_tokens if name not in SPECIAL_TOKENS[new.type]]
     if missing:
         raise ValueError(f"tokenizer.train: {new.type} has no {', '.join(missing)}, which {objective.says} needs: set type: bpe")
-    least = LEAST[new.type] + len(objective.added_tokens)
+    added = [*objective.added_tokens, *new.special_tokens]
+    if new.special_tokens and new.type == "wordpiece":
+        raise ValueError("tokenizer.train.special_tokens: wordpiece takes none: set type: bpe")
+    if twice := next((token for token in added if added.count(token) > 1), None):
+        raise ValueError(f"tokenizer.train.special_tokens: '{twice}' is there twice: leave one out")
+    least = LEAST[new.type] + len(added)
     if new.vocab_size < least:
         raise ValueError(f"tokenizer.train.vocab_size={new.vocab_size}: {new.type} begins with {least} tokens: raise it")
 
@@ -65,7 +75,8 @@ def learn(new: NewTokenizer, texts: Callable[[int | None], Iterator[str]], objec
     from engine.data.vocabulary import learn_tokenizer
 
     lowercase = new.type == "wordpiece" if new.lowercase is None else new.lowercase
-    learn_tokenizer(new.type, lambda: texts(new.documents), new.vocab_size, lowercase, directory, objective.added_tokens)
+    added = [*objective.added_tokens, *new.special_tokens]
+    learn_tokenizer(new.type, lambda: texts(new.documents), new.vocab_size, lowercase, directory, added)
 
 
 def as_model(value: Any) -> Any:
@@ -100,6 +111,8 @@ class CorpusConfig(Strict):
     data: DataConfig
     text: str = "text"
     """Column of the document."""
+    language: str | None = None
+    """Of all its documents, a token of the vocabulary such as en_XX: an objective that tags texts takes it."""
     shard_tokens: int = Field(2**26, ge=1)
     """Tokens from which on a shard is full. A process that trains on the corpus holds a few of them."""
     processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -108,7 +121,7 @@ class CorpusConfig(Strict):
     @model_validator(mode="after")
     def _learnt_for_the_objective(self) -> CorpusConfig:
         if self.tokenizer.train is not None:
-            require_learnt(self.tokenizer.train, objective_class(self.objective))
+            require_learnt(self.tokenizer.train, objective_class(self.objective), self.language)
         require_held_out(self.data)
         return self
 
@@ -119,6 +132,13 @@ def require_held_out(data: DataConfig) -> None:
         raise ValueError("data.validation is needed to measure the loss: give a file or a share such as 2%")
     if data.slices:
         raise ValueError("data.slices: pretraining judges no single rows: say it in the stage that fine-tunes")
+
+
+def require_language(tokenizer: Any, language: str | None) -> None:
+    """Raises UserError when the token of a language is none of a tokenizer's."""
+    if language is not None and language not in tokenizer.all_special_tokens:
+        known = did_you_mean(language, tokenizer.all_special_tokens)
+        raise UserError(f"language: {language} is no special token of {tokenizer.name_or_path}{known}")
 
 
 def texts_of(data: DataConfig, recipe: Recipe, text: str) -> Callable[[int | None], Iterator[str]]:
@@ -184,6 +204,7 @@ def run(stage: Stage[CorpusConfig]) -> None:
         source = directory if config.tokenizer.model is None else stage.recipe.find_model(config.tokenizer.model)
         tokenizer = load_tokenizer(source)
         chosen.require(tokenizer)
+        require_language(tokenizer, config.language)
         builder = Builder(
             config.data,
             stage.recipe,
@@ -192,6 +213,7 @@ def run(stage: Stage[CorpusConfig]) -> None:
             stage.partial / SHARDS,
             chosen.sentences,
             config.shard_tokens,
+            config.language,
         )
         if main:
             print(f"  {builder.describe(workers.processes)}", flush=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, Field, model_validator
 
 from engine.config import CorpusRef, ModelRef, Strict, TokenizerRef
-from engine.corpus import SHARDS, NewTokenizer, as_model, learn, require_held_out, require_learnt, texts_of
+from engine.corpus import SHARDS, NewTokenizer, as_model, learn, require_held_out, require_language, require_learnt, texts_of
 from engine.data.splits import DataConfig
 from engine.errors import UserError
 from engine.models.families import family_of
@@ -95,6 +95,8 @@ class PretrainConfig(Trained):
     """The texts; or `corpus`."""
     text: str = "text"
     """Column of the document."""
+    language: str | None = None
+    """Of all its documents, a token of the vocabulary such as en_XX: an objective that tags texts takes it."""
     corpus: Annotated[list[CorpusShare], BeforeValidator(_as_shares)] = []
     """In place of `data` and `tokenizer` a `corpus` stage, which was tokenized before, or a list of several, which are mixed."""
     mixing: float = Field(1.0, ge=0, le=1)
@@ -119,8 +121,8 @@ class PretrainConfig(Trained):
             raise ValueError("give exactly one of data, the texts, and corpus, a stage that has tokenized them")
         if self.corpus and self.tokenizer is not None:
             raise ValueError("tokenizer: a corpus has its own: say it in the stage that makes the corpus")
-        if self.corpus and "text" in self.model_fields_set:
-            raise ValueError("text: a corpus is tokenized already: say it in the stage that makes the corpus")
+        if said := next((key for key in ("text", "language") if self.corpus and key in self.model_fields_set), None):
+            raise ValueError(f"{said}: a corpus is made already: say it in the stage that makes the corpus")
         names = [share.name for share in self.corpus]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"corpus: '{twice}' is named twice: leave one out")
@@ -145,7 +147,7 @@ class PretrainConfig(Trained):
             raise ValueError("tokenizer: a new model needs one: name a model's, or `train: {vocab_size: 8192}`")
         chosen = objective_class(self.objective)
         if self.tokenizer is not None and self.tokenizer.train is not None:
-            require_learnt(self.tokenizer.train, chosen)
+            require_learnt(self.tokenizer.train, chosen, self.language)
         if self.shape is not None:
             try:
                 chosen.require_family(self.shape.family)
@@ -194,6 +196,7 @@ def run(stage: Stage[PretrainConfig]) -> None:
     with processes.main_first():
         tokenizer = load_tokenizer(_tokenizer_directory(stage))
         chosen.require(tokenizer)
+        require_language(tokenizer, config.language)
     training, validation = _corpora(stage, processes, tokenizer, chosen.sentences)
     torch.manual_seed(torch_seed(stage.seed, "initialize"))
     model, changes, new = _model(stage, chosen, tokenizer)
@@ -206,9 +209,10 @@ def run(stage: Stage[PretrainConfig]) -> None:
         set_dropout(model, config.train.dropout)
     if processes.cuda:
         attend_by_lengths(model)
+    languages = {name: corpus.language for name, corpus in training.items()}
     length, batch_size = config.sequence_length, config.train.batch_size
     batches, held_out = (
-        PackedBatches(corpora, objective, tokenizer, length, batch_size, stage.seed, weights, processes)
+        PackedBatches(corpora, objective, tokenizer, length, batch_size, stage.seed, weights, processes, languages)
         for corpora, weights in ((training, config.weights), (validation, 1.0))
     )
     judge = Judge(held_out.evaluate, "loss", False, held_out.probe)
@@ -358,7 +362,8 @@ def _corpora(
     config = stage.config
     directories = {OWN: stage.partial / SHARDS}
     if config.data is not None:
-        builder = Builder(config.data, stage.recipe, config.text, tokenizer.backend_tokenizer, directories[OWN], sentences)
+        backend, language = tokenizer.backend_tokenizer, config.language
+        builder = Builder(config.data, stage.recipe, config.text, backend, directories[OWN], sentences, language=language)
         builder.together(processes.rank, processes.processes, processes.barrier)
     else:
         directories = {part.name: Path(stage.recipe.find_model(part.corpus)) / SHARDS for part in config.corpus}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,6 +80,7 @@ class PackedBatches:
         batch_size: rows per optimizer step over all ranks.
         seed: of packing, order and corruption.
         weights: share of the rows that each source gives, in any unit; or the power of its number of rows that is.
+        languages: {name of a source: the token that its objective tags it with, where it does}.
         ranks: those who share the work.
     """
 
@@ -92,10 +94,11 @@ class PackedBatches:
         seed: int,
         weights: Sequence[float] | float = 1.0,
         ranks: Ranks | None = None,
+        languages: Mapping[str, str | None] = MappingProxyType({}),
     ) -> None:
         self.objective, self.length, self.seed = objective, length, seed
         self.pad = tokenizer.pad_token_id
-        self.frame = objective.frame(tokenizer)
+        self.frames = {name: objective.frame(tokenizer, languages.get(name)) for name in sources}
         self.sources = sources
         self._shard = functools.lru_cache(maxsize=2 * WINDOW * len(sources))(self._opened)
         self._places = [(name, number) for name, shards in sources.items() for number in range(len(shards))]
@@ -139,7 +142,7 @@ class PackedBatches:
 
     def _opened(self, number: int) -> PackedShard:
         source, shard = self._places[number]
-        return PackedShard(self.sources[source][shard], self.objective, self.frame, self.length, self.seed)
+        return PackedShard(self.sources[source][shard], self.objective, self.frames[source], self.length, self.seed)
 
     def row(self, epoch: int, row: int) -> dict[str, np.ndarray]:
         """Returns position_ids, segments and the columns of the objective of one packed row, each of shape (length,); of a second

@@ -64,6 +64,7 @@ class Shards(Sequence[Corpus]):
         told = json.loads((directory / CORPUS_FILE).read_text())
         self.directory, self.split = directory, split
         self.with_sentences: bool = told["sentences"]
+        self.language: str | None = told["language"]
         self.names: list[str] = told[split]["shards"]
         self.ledger: dict[str, int] = told[split]["ledger"]
         """What went in and what came of it: `documents`, `empty_documents` (without a token, left out), `characters`, `bytes`,
@@ -135,6 +136,7 @@ class Builder:
         directory: the corpus.
         sentences: note where sentences begin.
         shard_tokens: tokens from which on a shard is full.
+        language: of all texts, kept with them.
     """
 
     def __init__(
@@ -146,9 +148,10 @@ class Builder:
         directory: Path,
         sentences: bool,
         shard_tokens: int = SHARD_TOKENS,
+        language: str | None = None,
     ) -> None:
         self.data, self.recipe, self.text, self.tokenizer = data, recipe, text, tokenizer
-        self.directory, self.sentences, self.shard_tokens = directory, sentences, shard_tokens
+        self.directory, self.sentences, self.shard_tokens, self.language = directory, sentences, shard_tokens, language
         self.columns: Mapping[str, Cell] = {text: text_cell}
         self.units = units_of(data, recipe, shard_tokens)
 
@@ -202,7 +205,7 @@ class Builder:
         Raises:
             UserError: a split without a token.
         """
-        about: dict[str, Any] = {"sentences": self.sentences}
+        about: dict[str, Any] = {"sentences": self.sentences, "language": self.language}
         for split in SPLITS:
             shards, ledger = [], dict[str, int]()
             for part in self._parts():

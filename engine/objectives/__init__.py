@@ -107,8 +107,9 @@ class Objective(abc.ABC):
             require(model_type, cls.operation)
 
     @classmethod
-    def frame(cls, tokenizer: Any) -> Frame:
-        """Returns what stands around the tokens of a document, as an encoder's tokenizer has it."""
+    def frame(cls, tokenizer: Any, language: str | None = None) -> Frame:
+        """Returns what stands around the tokens of a document, as an encoder's tokenizer has it; of a language: a token of it,
+        where an objective tags texts with theirs."""
         return Frame((tokenizer.cls_token_id,), (tokenizer.sep_token_id,))
 
     def arrange(self, piece: Piece, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray]]:

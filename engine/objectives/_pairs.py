@@ -32,7 +32,7 @@ class Objective(mlm.Objective):
     columns = {**mlm.Objective.columns, "token_type_ids": 0, "pair_labels": IGNORED, "pair_tokens": 0}
 
     @classmethod
-    def frame(cls, tokenizer: Any) -> Frame:
+    def frame(cls, tokenizer: Any, language: str | None = None) -> Frame:
         """Returns what stands around a pair, and between its parts."""
         return Frame((tokenizer.cls_token_id,), (tokenizer.sep_token_id,), between=tokenizer.sep_token_id)
 

@@ -32,7 +32,7 @@ class Objective(_tokens.Objective):
     """How many tokens stand before and after a text."""
 
     @classmethod
-    def frame(cls, tokenizer: Any) -> Frame:
+    def frame(cls, tokenizer: Any, language: str | None = None) -> Frame:
         """Returns what the tokenizer puts around a text."""
         return _tokens.frame_of(tokenizer)
 

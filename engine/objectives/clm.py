@@ -32,7 +32,7 @@ class Objective(_tokens.Objective):
         return cls()
 
     @classmethod
-    def frame(cls, tokenizer: Any) -> Frame:
+    def frame(cls, tokenizer: Any, language: str | None = None) -> Frame:
         """Returns that of whole documents: where one is cut, nothing begins or ends."""
         begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         return Frame((begin,), (tokenizer.eos_token_id,), pieces=False)

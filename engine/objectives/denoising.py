@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from engine import objectives
-from engine.objectives import Piece, _seq2seq
+from engine.objectives import Frame, Piece, _seq2seq
 
 
 class Config(objectives.ObjectiveConfig):
@@ -47,6 +47,20 @@ class Objective(_seq2seq.Objective):
         self.config, self.mask_id, self.around = config, mask_id, around
 
     @classmethod
+    def frame(cls, tokenizer: Any, language: str | None = None) -> Frame:
+        """Returns what the tokenizer puts around a text; with a tag where it puts that of a language, or else behind it."""
+        own = super().frame(tokenizer)
+        if language is None:
+            return own
+        if not hasattr(tokenizer, "src_lang"):
+            return own._replace(after=(*own.after, tokenizer.convert_tokens_to_ids(language)))
+        before, tokenizer.src_lang = tokenizer.src_lang, language
+        try:
+            return super().frame(tokenizer)
+        finally:
+            tokenizer.src_lang = before
+
+    @classmethod
     def of_tokenizer(cls, config: Config, tokenizer: Any) -> Objective:
         frame = cls.frame(tokenizer)
         return cls(config, tokenizer.mask_token_id, (len(frame.before), len(frame.after)))
@@ -57,15 +71,15 @@ class Objective(_seq2seq.Objective):
         if self.config.permute_sentences and len(piece.sentences):
             sentences = np.split(text, piece.sentences)
             text = np.concatenate([sentences[number] for number in rng.permutation(len(sentences))])
-        return self._columns(text, target, rng)
+        return self._columns(piece.before, text, piece.after, target, rng)
 
     def corrupt(self, tokens_L: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns the columns of a text whose sentences stay in their order, given with its frame."""
-        return self._columns(self.split(tokens_L)[1], tokens_L, rng)
+        before, text, after = self.split(tokens_L)
+        return self._columns(before, text, after, tokens_L, rng)
 
-    def _columns(self, text: np.ndarray, target: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Returns the columns, given the text that is to be infilled and what the decoder writes, its frame among it."""
-        before, _, after = self.split(target)
+    def _columns(self, before: Any, text: np.ndarray, after: Any, target: np.ndarray, rng: Any) -> dict[str, np.ndarray]:
+        """Returns the columns, given the text that is to be infilled, with its frame, and what the decoder writes."""
         return self.columns_of(np.concatenate([before, self.infilled(text, rng), after]).astype(np.int64), target)
 
     def infilled(self, text: np.ndarray, rng: np.random.Generator) -> np.ndarray:

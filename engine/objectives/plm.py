@@ -71,7 +71,7 @@ class Objective(_tokens.Objective):
             )
 
     @classmethod
-    def frame(cls, tokenizer: Any) -> Frame:
+    def frame(cls, tokenizer: Any, language: str | None = None) -> Frame:
         """Returns what the tokenizer puts around a text: [CLS] before and [SEP] after it, or both after it, as XLNet's does."""
         return _tokens.frame_of(tokenizer)
 

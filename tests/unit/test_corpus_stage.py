@@ -103,7 +103,7 @@ def test_several_corpora_are_mixed_and_judged_apart(tmp_path, capsys):
         ({"data": {"train": "rows.jsonl"}}, "give exactly one of data, the texts, and corpus"),
         ({"corpus": None}, "give exactly one of data, the texts, and corpus"),
         ({"tokenizer": "model"}, "tokenizer: a corpus has its own: say it in the stage that makes the corpus"),
-        ({"text": "body"}, "text: a corpus is tokenized already"),
+        ({"text": "body"}, "text: a corpus is made already: say it in the stage that makes the corpus"),
         ({"corpus": "base"}, "a stage cannot read itself"),
         ({"corpus": "other"}, "'other' is no stage of this recipe"),
         ({"corpus": "other0"}, "stage 'other0' (pretrain) gives a pretrained model; a corpus is needed"),
@@ -171,3 +171,41 @@ def test_a_directory_of_an_earlier_run_is_a_corpus_and_another_one_is_not(tmp_pa
     run_here(write_recipe(tmp_path, {"base": on_corpus(str(directory))}, "second"), "base", tmp_path / "runs")
     with pytest.raises(UserError, match=r"model: no corpus \(no corpus/corpus.json\): a corpus stage makes one"):
         check(write_recipe(tmp_path, {"base": on_corpus("model")}))
+
+
+def test_several_languages_are_mixed_each_with_its_tag(tmp_path):
+    write_rows(tmp_path / "de.jsonl", ragged_rows(200, seed=7))
+    data = {"train": ["rows.jsonl", "de.jsonl"], "validation": "25%"}
+    learnt = {"train": {"type": "bpe", "vocab_size": 300, "special_tokens": ["en_XX", "de_DE"]}}
+    kind = {"type": "denoising"}
+    stages = {
+        "en": {"corpus": corpus_section(tokenizer=learnt, data=data, objective=kind, language="en_XX")},
+        "de": {"corpus": corpus_section(tokenizer="en", data={**data, "train": "de.jsonl"}, objective=kind, language="de_DE")},
+        "base": on_corpus(["en", "de"], objective=kind, model={**pretrain_section()["model"], "family": "mbart"}),
+    }
+    recipe = write_recipe(tmp_path, stages)
+    check(recipe)
+    *_, base = (run_here(recipe, name, tmp_path / "runs").directory for name in stages)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert {"en_XX", "de_DE"} <= set(tokenizer.all_special_tokens)
+    assert json.loads((base / "stage.json").read_text())["metrics"]["validation"]["loss_de"] > 0
+    with pytest.raises(UserError, match=r"language: de_XX is no special token of .*: did you mean '.._..'"):
+        run_here(recipe, "de", tmp_path / "again", "de.language=de_XX", f"de.tokenizer={base}")
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"type": "bpe"}, "language: the vocabulary has no en_XX: name it in tokenizer.train.special_tokens"),
+        ({"special_tokens": ["en_XX"]}, "special_tokens: wordpiece takes none: set type: bpe"),
+        ({"type": "bpe", "special_tokens": ["en_XX", "en_XX"]}, "special_tokens: 'en_XX' is there twice: leave one out"),
+    ],
+)
+def test_a_language_without_its_token_is_one_line(tmp_path, train, message):
+    for stage in (
+        {"corpus": corpus_section(tokenizer={"train": train}, language="en_XX")},
+        {"pretrain": pretrain_section(tokenizer={"train": train}, language="en_XX")},
+    ):
+        with pytest.raises(UserError) as error:
+            check(write_recipe(tmp_path, {"text": stage}))
+        assert message in str(error.value) and "\n" not in str(error.value)

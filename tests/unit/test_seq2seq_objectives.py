@@ -228,3 +228,50 @@ def test_what_is_made_up_for_a_plan_is_as_large_as_a_row(tokenizer):
     for family, module in CASES:
         loss = module.Objective.made_up_loss(module.Config(), model_of(family, tokenizer), 2, LENGTH)
         assert torch.isfinite(loss)
+
+
+class Tagging:
+    """A tokenizer that knows where it puts a language, as mBART's does."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.src_lang = tokenizer, "en"
+
+    def __call__(self, text, add_special_tokens=True, return_token_type_ids=False):
+        tags = [2, {"en": 90, "de": 91}[self.src_lang]] if add_special_tokens else []
+        return {"input_ids": self.tokenizer(text, add_special_tokens=False)["input_ids"] + tags}
+
+
+def test_a_text_is_tagged_with_its_language_where_its_tokenizer_puts_it(tokenizer):
+    frame = denoising.Objective.frame
+    own, tag = frame(tokenizer), tokenizer.convert_tokens_to_ids("<extra_id_7>")
+    assert frame(tokenizer, "<extra_id_7>") == own._replace(after=(*own.after, tag))
+    knows = Tagging(tokenizer)
+    assert frame(knows, "de").after == (2, 91) and frame(knows).after == (2, 90) and knows.src_lang == "en"
+    assert span_corruption.Objective.frame(tokenizer, "<extra_id_7>") == own
+
+
+def test_every_document_of_a_mixture_has_the_tag_of_its_corpus_and_mbart_begins_with_it(tokenizer):
+    objective = objective_of(denoising, tokenizer)
+    tags = {"en": "<extra_id_7>", "de": "<extra_id_8>"}
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts()]
+    halves = {"en": ids[:40], "de": ids[40:]}
+    sources = {name: [Corpus(np.concatenate(part), np.cumsum([len(each) for each in part]))] for name, part in halves.items()}
+    batches = PackedBatches(sources, objective, tokenizer, LENGTH, 8, 1, languages=tags)
+    first = dict(zip(sources, batches.order.streams, strict=True))
+    for name, stream in first.items():
+        tag, back = tokenizer.convert_tokens_to_ids(tags[name]), []
+        for number in range(stream.first, stream.first + stream.total):
+            row = batches.row(1, number)
+            for segment in range(1, row["segments"].max() + 1):
+                here, beside = row["segments"] == segment, row["beside_segments"] == segment
+                assert row["labels"][here][-2:].tolist() == [tokenizer.eos_token_id, tag]
+                assert row["decoder_input_ids"][here][0] == tag
+                assert row["input_ids"][beside][-2:].tolist() == [tokenizer.eos_token_id, tag]
+                back += row["labels"][here][1:-2].tolist()
+        assert sorted(back) == sorted(np.concatenate(halves[name]).tolist())
+    model, losses = model_of("mbart", tokenizer), []
+    for languages in (tags, {name: "<extra_id_9>" for name in tags}):
+        batch = PackedBatches(sources, objective, tokenizer, LENGTH, 8, 1, languages=languages).collate(0, np.arange(2))
+        with torch.no_grad():
+            losses.append(float(objective.loss(model, {k: v for k, v in batch.items() if torch.is_tensor(v)})[0]))
+    assert losses[0] != losses[1]
