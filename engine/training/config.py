@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from engine.config import Fraction, Strict, ZeroRef
 
+WHOLE_TENSORS = ("lamb", "muon", "stable_adamw")
+"""Optimizers that measure each tensor as a whole."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -43,8 +45,10 @@ class TrainConfig(Strict):
     """Global batch: rows (packed rows in pretraining) per optimizer step, over all processes and accumulation steps."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Rows per forward pass of one process; None: batch_size / processes, that is, no accumulation."""
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """`adamw_8bit` keeps its state in 8 bits (bitsandbytes, arXiv:2110.02861); not with CPU offload."""
+    optimizer: Literal["adamw", "adamw_8bit", "lamb", "muon", "stable_adamw"] = "adamw"
+    """`adamw_8bit` keeps its state in 8 bits (bitsandbytes, arXiv:2110.02861); not with CPU offload. `lamb`, for large batches,
+    `muon`, with AdamW for what is no matrix of a layer, and `stable_adamw`, against spikes, are those of
+    engine/training/tensor_optimizers.py; they measure whole tensors: no ZeRO above stage 0, no fp16."""
     learning_rate: float = Field(5e-5, gt=0)
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
@@ -105,6 +109,14 @@ class TrainConfig(Strict):
     def _parts_fit(self) -> TrainConfig:
         if self.schedule == "wsd" and self.warmup + self.cooldown > 1:
             raise ValueError("train.warmup and train.cooldown are more than all steps: lower one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_tensors(self) -> TrainConfig:
+        if self.optimizer in WHOLE_TENSORS and self.precision == "fp16":
+            raise ValueError(
+                f"train.optimizer={self.optimizer} measures whole tensors, which DeepSpeed joins for fp16: use bf16, or adamw"
+            )
         return self
 
     @model_validator(mode="after")

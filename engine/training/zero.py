@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import UserError, did_you_mean
+from engine.training.config import WHOLE_TENSORS
 from engine.training.zero_keys import OFFLOAD_OPTIMIZER, OFFLOAD_PARAM, TOP_LEVEL, ZERO_OPTIMIZATION
 
 if TYPE_CHECKING:
@@ -176,6 +177,8 @@ def _zero_problems(zero: dict[str, Any], train: TrainConfig) -> Iterator[str]:
     optimizer, parameters = offload_devices(zero)
     if stage == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         yield "zero_optimization.stage3_gather_16bit_weights_on_model_save must be true, else the saved weights are empty"
+    if stage and train.optimizer in WHOLE_TENSORS:
+        yield f"train.optimizer={train.optimizer} measures whole tensors, of which stage {stage} cuts pieces: use zero0, or adamw"
     if optimizer != "none" and train.optimizer == "adamw_8bit":
         yield "offload_optimizer replaces the optimizer by DeepSpeed's CPU Adam: use train.optimizer=adamw, or remove it"
     if optimizer == "nvme" and stage != 3:

@@ -44,7 +44,7 @@ class Setting:
     ranks: int
     accumulation: int
     optimizer_bytes: float
-    """Bytes of optimizer state per element: 8 for Adam's two fp32 averages, about 2 with 8-bit ones."""
+    """Bytes of optimizer state per element, as `plan` counts them: 8 for Adam's two fp32 averages."""
     weight_bytes: int
     """4, or 2 with fp16."""
     gpu: bool

@@ -20,12 +20,14 @@ from engine.data.batches import accumulation_steps
 from engine.errors import UserError
 from engine.gpu import gpus
 from engine.stages.stage import Stage
+from engine.training.config import TrainConfig
+from engine.training.optim import hidden_matrices
 from engine.training.zero import read_zero_config, zero_config_of
 from launch.local import process_count
 from launch.planning import footprint
 from launch.planning.footprint import Measured
 from launch.planning.memory import Level, Need, Setting
-from launch.planning.subject import subject_of
+from launch.planning.subject import Subject, subject_of
 from launch.recipe import KINDS
 
 LEVELS = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload", "zero3_nvme"]
@@ -92,6 +94,19 @@ class StagePlan:
     notes: list[str]
 
 
+def _optimizer_bytes(train: TrainConfig, subject: Subject) -> float:
+    """Returns bytes of optimizer state per parameter: two averages in fp32, two in 8 bits, or one for the matrices of Muon."""
+    if train.optimizer == "adamw_8bit":
+        return 2.06
+    if train.optimizer != "muon":
+        return 8
+    with torch.device("meta"):
+        model = subject.build()
+    hidden = hidden_matrices(model)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return 8 - 4 * sum(sizes[name] for name in hidden) / sum(sizes.values())
+
+
 def plan_stage(stage: Stage[Any], machine: Machine) -> StagePlan:
     """Returns what a training stage needs under each level.
 
@@ -107,7 +122,7 @@ def plan_stage(stage: Stage[Any], machine: Machine) -> StagePlan:
     setting = Setting(
         ranks=machine.ranks,
         accumulation=accumulation,
-        optimizer_bytes=2.06 if train.optimizer == "adamw_8bit" else 8,
+        optimizer_bytes=_optimizer_bytes(train, subject),
         weight_bytes=2 if precision == "fp16" else 4,
         gpu=machine.gpu,
         resident=subject.resident,

@@ -1,10 +1,12 @@
-"""Optimizers: weight decay on matrices only, 8-bit state that really is 8 bits."""
+"""Optimizers: weight decay on matrices only, 8-bit state that really is 8 bits, updates as their papers have them."""
 
+import numpy as np
 import pytest
 import torch
 
+from engine.errors import UserError
 from engine.training.config import TrainConfig
-from engine.training.optim import build_optimizer
+from engine.training.optim import build_optimizer, hidden_matrices
 from tests.unit.models import tiny_classifier
 
 
@@ -22,7 +24,7 @@ def test_only_matrices_decay():
     assert len(decayed["params"]) + len(exempt["params"]) == len(names)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "stable_adamw"])
 def test_a_quadratic_is_minimised(optimizer):
     torch.manual_seed(0)
     layer = torch.nn.Linear(128, 64)
@@ -36,6 +38,97 @@ def test_a_quadratic_is_minimised(optimizer):
         chosen.step()
         chosen.zero_grad()
     assert losses[-1] < 0.05 * losses[0]
+
+
+RATE, DECAY, BETAS, EPSILON = 0.03, 0.1, (0.9, 0.95), 1e-8
+
+
+def lamb(weight, mean, square, gradient):
+    """Algorithm 2 of arXiv:1904.00962, with the identity as phi; vectors without the ratio."""
+    matrix = weight.ndim > 1
+    update = mean / (np.sqrt(square) + EPSILON) + (DECAY * weight if matrix else 0)
+    ratio = np.sqrt((weight**2).sum()) / np.sqrt((update**2).sum()) if matrix and weight.any() else 1.0
+    return weight - RATE * ratio * update
+
+
+def stable_adamw(weight, mean, square, gradient):
+    """Algorithm 2 of arXiv:2304.13013."""
+    surprise = np.sqrt((gradient**2 / np.maximum(square, EPSILON**2)).mean())
+    rate = RATE / max(1.0, surprise)
+    decay = DECAY if weight.ndim > 1 else 0
+    return weight - rate * decay * weight - rate * mean / (np.sqrt(square) + EPSILON)
+
+
+@pytest.mark.parametrize("reference", [lamb, stable_adamw])
+def test_updates_are_those_of_the_paper(reference):
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(12, 7), torch.nn.Linear(7, 5))
+    torch.nn.init.zeros_(layer[1].weight)
+    settings = config(optimizer=reference.__name__, learning_rate=RATE, weight_decay=DECAY, betas=BETAS)
+    chosen = build_optimizer(layer, settings)[0]
+    weights = [parameter.detach().double().numpy().copy() for parameter in layer.parameters()]
+    averages = [(np.zeros_like(weight), np.zeros_like(weight)) for weight in weights]
+    clipped = 0
+    for step in range(1, 9):
+        for number, parameter in enumerate(layer.parameters()):
+            parameter.grad = torch.randn_like(parameter) * (30.0 if step == 6 else 1.0)
+            gradient, (first, second) = parameter.grad.double().numpy(), BETAS
+            mean, square = averages[number]
+            averages[number] = first * mean + (1 - first) * gradient, second * square + (1 - second) * gradient**2
+            mean, square = averages[number][0] / (1 - first**step), averages[number][1] / (1 - second**step)
+            clipped += np.sqrt((gradient**2 / square).mean()) > 1.5
+            weights[number] = reference(weights[number], mean, square, gradient)
+        chosen.step()
+    assert clipped >= 4
+    for parameter, weight in zip(layer.parameters(), weights, strict=True):
+        np.testing.assert_allclose(parameter.detach().numpy(), weight, rtol=2e-5, atol=1e-6)
+
+
+def test_muon_takes_the_matrices_of_the_layers_and_adamw_all_else():
+    model, other = tiny_classifier(), tiny_classifier()
+    other.load_state_dict(model.state_dict())
+    hidden = hidden_matrices(model)
+    assert len(hidden) == 6 * model.config.num_hidden_layers
+    assert not any("embeddings" in name or name.startswith(("classifier", "bert.pooler")) for name in hidden)
+    chosen = build_optimizer(model, config(optimizer="muon", learning_rate=RATE, weight_decay=DECAY))[0]
+    named = dict(other.named_parameters())
+    theirs = [
+        torch.optim.Muon([named[name] for name in named if name in hidden], RATE, DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [named[name] for name in named if name not in hidden and named[name].ndim > 1], RATE, weight_decay=DECAY
+        ),
+        torch.optim.AdamW([named[name] for name in named if named[name].ndim < 2], RATE, weight_decay=0.0),
+    ]
+    for step in range(4):
+        if step == 2:  # what was loaded is what is changed
+            chosen.load_state_dict(chosen.state_dict())
+        for group in chosen.param_groups:
+            group["lr"] = RATE / (step + 1)
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            named[name].grad = parameter.grad.clone()
+        chosen.step()
+        for part in theirs:
+            part.param_groups[0]["lr"] = RATE / (step + 1)
+            part.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, named[name], rtol=1e-5, atol=1e-7)
+    kept = {name: chosen.state[parameter] for name, parameter in model.named_parameters()}
+    assert all(("momentum_buffer" in state) == (name in hidden) for name, state in kept.items())
+
+
+def test_a_model_without_layers_is_not_for_muon():
+    with pytest.raises(UserError, match=r"train\.optimizer=muon: the model has no layers with matrices"):
+        build_optimizer(torch.nn.Linear(4, 4), config(optimizer="muon"))
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "muon", "stable_adamw"])
+def test_what_has_no_gradient_stays_as_it_is(optimizer):
+    model = tiny_classifier()
+    chosen = build_optimizer(model, config(optimizer=optimizer, weight_decay=0.5))[0]
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    chosen.step()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 def test_the_8_bit_optimizer_keeps_large_moments_in_8_bits():

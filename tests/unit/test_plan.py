@@ -11,6 +11,7 @@ from engine.config import load_recipe
 from engine.errors import UserError
 from engine.models import load_tokenizer
 from engine.objectives import mlm
+from engine.training.optim import hidden_matrices
 from engine.training.zero_files import SHIPPED
 from launch.planning import footprint, plan
 from launch.planning.footprint import Measured, Moment, frontier
@@ -18,7 +19,7 @@ from launch.planning.memory import Level, Need, Setting
 from launch.planning.plan import Machine, machine_for, parse_bytes, plan_level, plan_stage, print_plan, used
 from launch.recipe import load_stages
 from tests.recipes import finetune_section, pretrain_section, train_section, write_recipe
-from tests.unit.models import tiny_masked_lm
+from tests.unit.models import tiny_classifier, tiny_masked_lm
 from tests.unit.test_recipe import CHAIN
 
 GPU = Machine(ranks=2, gpu=True, memory=2**40, memory_in_words="a GPU")
@@ -301,6 +302,16 @@ def test_a_stage_that_does_not_train_is_not_planned(tmp_path):
 def test_a_level_that_the_recipe_cannot_take_is_left_out(tmp_path):
     found = plan_stage(stage_of(tmp_path, "teacher.train.optimizer=adamw_8bit"), GPU)
     assert [level.name for level in found.levels] == ["zero0", "zero1", "zero2", "zero3"]
+
+
+def test_muon_keeps_one_average_of_the_matrices_of_the_layers(tmp_path):
+    plans = [plan_stage(stage_of(tmp_path, f"teacher.train.optimizer={name}"), GPU) for name in ("adamw", "muon")]
+    adamw, muon = (found.levels[0].need.group("optimizer") for found in plans)
+    model = tiny_classifier()
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    hidden = sum(sizes[name] for name in hidden_matrices(model))
+    assert hidden > 0 and adamw - muon == pytest.approx(4 * hidden, rel=0.01)
+    assert [level.name for level in plans[1].levels] == ["zero0"]
 
 
 def test_a_users_own_json_is_planned_beside_the_shipped_ones(tmp_path):

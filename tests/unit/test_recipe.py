@@ -240,6 +240,18 @@ def test_an_eight_bit_optimizer_is_refused_where_offload_would_replace_it(tmp_pa
         check(path, "teacher.parallel=zero.json", "teacher.train.optimizer=adamw_8bit")
 
 
+@pytest.mark.parametrize("optimizer", ["lamb", "muon", "stable_adamw"])
+def test_an_optimizer_of_whole_tensors_is_refused_where_they_are_cut(tmp_path, optimizer):
+    path, chosen = write_recipe(tmp_path), f"teacher.train.optimizer={optimizer}"
+    check(path, chosen)
+    check(path, chosen, "teacher.parallel=zero0", "teacher.processes=2")
+    for level in (1, 2, 3):
+        with pytest.raises(UserError, match=f"optimizer={optimizer} measures whole tensors, of which stage {level} cuts pieces"):
+            check(path, chosen, f"teacher.parallel=zero{level}")
+    with pytest.raises(UserError, match="measures whole tensors, which DeepSpeed joins for fp16: use bf16, or adamw"):
+        check(path, chosen, "teacher.train.precision=fp16")
+
+
 def test_operators_are_compiled_only_where_they_are_needed(tmp_path):
     plain, offload = {"stage": 2}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     nvme = {"stage": 3, "offload_optimizer": {"device": "nvme"}, "offload_param": {"device": "nvme"}}

@@ -96,6 +96,23 @@ def test_killed_anywhere_it_ends_bit_equal(recipe, whole, tmp_path, monkeypatch,
     assert_same_end(train(recipe, tmp_path), whole)
 
 
+@pytest.mark.parametrize("optimizer", ["lamb", "muon", "stable_adamw"])
+def test_killed_in_a_step_of_another_optimizer_it_ends_bit_equal(recipe, tmp_path, monkeypatch, optimizer):
+    chosen = f"teacher.train.optimizer={optimizer}"
+    original, calls = loop.Trainer.step, []
+
+    def killed(*arguments, **named):
+        calls.append(1)
+        if len(calls) == STEPS - 1:
+            raise Killed
+        return original(*arguments, **named)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(loop.Trainer, "step", killed)
+        train(recipe, tmp_path / "killed", chosen)
+    assert_same_end(train(recipe, tmp_path / "killed", chosen), train(recipe, tmp_path / "whole", chosen))
+
+
 def test_killed_before_the_finished_stage_is_renamed_into_place_it_ends_bit_equal(recipe, whole, tmp_path, monkeypatch):
     from pathlib import Path
 
