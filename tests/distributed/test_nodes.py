@@ -12,9 +12,19 @@ import pytest
 from benchmarks import namespaces
 from benchmarks.namespaces import HOSTS, Hosts, TwoNodes
 from engine.errors import NODE_FAILED, PREEMPTED
+from engine.stages.stage import hash_directory
 from tests.distributed.conftest import TWO
 from tests.distributed.test_kill import assert_bit_equal
-from tests.recipes import read_history
+from tests.recipes import (
+    corpus_section,
+    pretrain_section,
+    ragged_rows,
+    read_history,
+    run_here,
+    train_section,
+    write_recipe,
+    write_rows,
+)
 
 CLOSE = 1e-5
 LONG = ("--set", "base.train.steps=1000000", "--set", "base.train.evaluate_every=100000", "--set", "base.parallel=zero2")
@@ -67,6 +77,18 @@ def undisturbed(hosts, recipe, tmp_path_factory):
 
 def test_zero2_on_two_nodes_has_the_losses_of_one_host(undisturbed, zero2):
     np.testing.assert_allclose(losses(undisturbed), losses(zero2), rtol=0, atol=CLOSE)
+
+
+def test_two_nodes_make_a_corpus_and_train_on_it(launch, tmp_path):
+    write_rows(tmp_path / "more.jsonl", ragged_rows(64, seed=1))
+    text = corpus_section(data={"train": ["rows.jsonl", "more.jsonl"], "validation": "25%"}, shard_tokens=1)
+    section = pretrain_section(corpus="text", data=None, tokenizer=None, train=train_section(steps=2), parallel="zero2")
+    recipe = write_recipe(tmp_path, {"text": {"corpus": text}, "base": {"pretrain": section}})
+    run = launch(recipe=recipe)
+    made = succeed(run)
+    assert "files: 2, read in 2 parts by 2 processes" in run.output(HOSTS[0], "out")
+    whole = run_here(recipe, "text", tmp_path / "alone").directory
+    assert hash_directory(made.with_name("text") / "corpus") == hash_directory(whole / "corpus")
 
 
 @pytest.mark.slow
