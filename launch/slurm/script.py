@@ -121,7 +121,7 @@ class Batch:
         Raises:
             UserError: it is not valid bash, which can only come from the set-up lines.
         """
-        options, spread = self.options, KINDS[stage.kind].spread
+        options, kind = self.options, KINDS[stage.kind]
         exclude = options.resources.get("exclude")
         text: str = _template().render(
             stage=stage.name,
@@ -132,12 +132,12 @@ class Batch:
             settings=self.tasks[0].settings,
             max_requeues=options.max_requeues,
             setup=options.setup,
-            nodes=options.nodes if spread else 1,
+            nodes=options.nodes if kind.spread else 1,
             command=self._command(stage),
-            node_options=self._node_options() if spread else [],
+            node_options=self._node_options(kind.trains) if kind.spread else [],
             restart=self.restart,
             srun=self._container(),
-            preflight=options.preflight and KINDS[stage.kind].trains,
+            preflight=options.preflight and kind.trains,
             exclude=f"{exclude}," if exclude else "",
             after=self.after,
             PREEMPTED=PREEMPTED,
@@ -150,14 +150,15 @@ class Batch:
         return text
 
     def _options(self, stage: Stage[Any]) -> list[str]:
-        options, spread = self.options, KINDS[stage.kind].spread
-        gpus = options.gpus_per_node and (options.gpus_per_node if spread else 1)
+        options, kind = self.options, KINDS[stage.kind]
+        # What is spread without training is made of texts, and needs no GPU.
+        gpus = options.gpus_per_node and (options.gpus_per_node if kind.trains else None if kind.spread else 1)
         given: dict[str, Any] = {
             "job-name": f"{options.job_name or self.name}-{stage.name}",
             "chdir": os.getcwd(),
             "output": self.jobs / ("%A_%a.log" if self.array else "%j.log"),
             "open-mode": "append",
-            "nodes": options.nodes if spread else 1,
+            "nodes": options.nodes if kind.spread else 1,
             "ntasks-per-node": 1,
             "gpus-per-node": gpus,
             **options.resources,
@@ -171,8 +172,9 @@ class Batch:
         bothways = ["bothways"] if self.options.container_image else [sys.executable, "-m", "launch.cli"]
         return [*bothways, "launch", str(self.recipe.absolute()), "--stage", stage.name, "--runs", str(self.runs.absolute())]
 
-    def _node_options(self) -> list[str]:
-        counts = {"--gpus-per-node": self.options.gpus_per_node, "--processes-per-node": self.options.processes_per_node}
+    def _node_options(self, trains: bool) -> list[str]:
+        counts = {"--processes-per-node": self.options.processes_per_node}
+        counts |= {"--gpus-per-node": self.options.gpus_per_node} if trains else {}
         return [*(part for flag, count in counts.items() if count for part in (flag, str(count))), *self.options.node_options]
 
     def _container(self) -> list[str]:

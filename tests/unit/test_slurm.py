@@ -249,8 +249,9 @@ def test_the_script_of_every_kind_of_stage_is_valid_bash(recipe, tmp_path, name)
     text = batch(recipe, tmp_path / "runs", gpus_per_node=4, setup=("module load cuda",)).script(stage)
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     trains = stage.kind in ("pretrain", "finetune", "distill")
-    assert f"#SBATCH --nodes={2 if trains else 1}\n" in text
-    assert f"#SBATCH --gpus-per-node={4 if trains else 1}\n" in text
+    assert f"#SBATCH --nodes={2 if trains or stage.kind == 'corpus' else 1}\n" in text
+    gpus = "" if stage.kind == "corpus" else f"#SBATCH --gpus-per-node={4 if trains else 1}\n"
+    assert gpus in text and ("#SBATCH --gpus-per-node" in text) == bool(gpus)
     assert ("--gpus-per-node 4" in text) == trains
 
 
@@ -372,7 +373,7 @@ def test_the_dry_run_needs_no_slurm_and_shows_the_whole_chain(call, tmp_path):
     assert (status, err) == (0, "")
     assert out.count("#!/bin/bash") == len(CHAIN)
     assert subprocess.run(["bash", "-n"], input=out, text=True).returncode == 0
-    assert "# ---- base.sbatch, submitted by: job_base=$(sbatch --parsable base.sbatch)\n" in out
+    assert "# ---- text.sbatch, submitted by: job_text=$(sbatch --parsable text.sbatch)\n" in out
     chained = "sbatch --parsable --dependency=afterok:$job_base --kill-on-invalid-dep=yes teacher.sbatch"
     assert f"# ---- teacher.sbatch, submitted by: job_teacher=$({chained})\n" in out
     assert not (tmp_path / "runs").exists()
