@@ -56,6 +56,8 @@ def test_an_epoch_mixes_the_rows_of_a_few_shards_in_an_order_of_its_own():
     assert all(len(window) == WINDOW for epoch in windows for window in epoch)
     assert windows[0] != windows[1]
     assert all(len(set(part[:50])) > WINDOW * 0.8 for epoch in epochs for part in epoch)
+    alone = RowOrder([np.asarray([200])], [1.0], 50, 1)
+    assert rows_of(alone, range(4))[1].tolist() != rows_of(alone, range(4, 8))[1].tolist()
     assert (rows_of(order, steps[0])[1] != rows_of(RowOrder([sizes], [1.0], 50, 2), steps[0])[1]).any()
 
 
