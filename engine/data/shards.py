@@ -208,7 +208,7 @@ class Builder:
         about: dict[str, Any] = {"sentences": self.sentences, "language": self.language}
         for split in SPLITS:
             shards, ledger = [], dict[str, int]()
-            for part in self._parts():
+            for part in self._parts(self.units):
                 if (part / split).exists():
                     told = json.loads((part / split / CORPUS_FILE).read_text())
                     told.pop("dtype")
@@ -218,7 +218,7 @@ class Builder:
                 raise UserError(f"the {split} texts hold no token: give more of them, or another share")
             about[split] = {"shards": shards, "ledger": ledger}
         _write(self.directory / CORPUS_FILE, about)
-        files = {part.name: json.loads((part / PART_FILE).read_text())["files"] for part in self._parts()}
+        files = {part.name: json.loads((part / PART_FILE).read_text())["files"] for part in self._parts(self.units)}
         return {f"{part}/{name}": entry for part, found in files.items() for name, entry in found.items()}
 
     @property
@@ -229,12 +229,13 @@ class Builder:
     def _note(self, unit: Unit) -> Path:
         return self.directory / f"{unit.name}.json"
 
-    def _parts(self) -> list[Path]:
-        return [part for unit in self.units for part in sorted(self.directory.glob(f"{unit.name}-*")) if part.suffix != ".tmp"]
+    def _parts(self, units: list[Unit]) -> list[Path]:
+        """Returns what is complete of some units, in order."""
+        return [part for unit in units for part in sorted(self.directory.glob(f"{unit.name}-*")) if part.suffix != ".tmp"]
 
     def _unit(self, unit: Unit) -> None:
         """Goes on with a unit behind its last shard."""
-        done = [part for part in sorted(self.directory.glob(f"{unit.name}-*")) if part.suffix != ".tmp"]
+        done = self._parts([unit])
         count = json.loads((done[-1] / PART_FILE).read_text())["rows"] if done else 0
         source = SourceRows(unit.source, self.recipe, self.columns, files=unit.files)
         rows = itertools.islice(iter(source), count, None)

@@ -117,6 +117,15 @@ def test_an_eight_bit_optimizer_trains_as_the_full_one_does(recipe, tmp_path, pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["lamb", "muon", "stable_adamw"])
+def test_an_optimizer_of_whole_tensors_on_two_ranks_trains_as_on_one(recipe, tmp_path, optimizer):
+    chosen = f"base.train.optimizer={optimizer}"
+    _, directory = run(recipe, tmp_path / "runs", "zero0", chosen)
+    alone = run_here(recipe, "base", tmp_path / "alone", chosen).directory
+    np.testing.assert_allclose(numbers(alone, "loss"), numbers(directory, "loss"), rtol=0, atol=2e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["zero0", "zero2", "zero3"])
 def test_bf16_autocast_stays_close_to_fp32_at_every_level(recipe, tmp_path, parallel, single_base):
     _, directory = run(recipe, tmp_path / "runs", parallel, "base.train.precision=bf16")

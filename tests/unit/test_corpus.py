@@ -58,6 +58,22 @@ def test_more_documents_than_are_tokenized_at_a_time_are_all_there(tmp_path):
     assert corpus.ledger["tokens"] == len(corpus.tokens) == 2 * (2 * CHUNK + 1)
 
 
+def test_long_documents_are_tokenized_a_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.data.corpus.CHUNK_CHARACTERS", 100)
+    writer, chunks = CorpusWriter(tiny_tokenizer(tmp_path).backend_tokenizer, tmp_path / "train"), []
+    encode = writer.encode
+
+    def counted(texts, **options):
+        chunks.append(len(texts))
+        return encode(texts, **options)
+
+    writer.encode = counted
+    for text in ["film " * 10] * 7 + ["film " * 50]:
+        writer.add(text)
+    assert writer.close()["tokens"] == 120
+    assert chunks == [2, 2, 2, 2, 0]
+
+
 def test_truncation_and_padding_of_a_tokenizer_file_never_apply(tmp_path):
     bake(write_model(tmp_path / "model"))
     tokenizer = load_tokenizer(tmp_path / "model")

@@ -111,6 +111,8 @@ def test_killed_anywhere_it_goes_on_and_makes_the_same_shards(monkeypatch, build
         build("killed").build()
     kept = {path: path.stat().st_mtime_ns for path in build("killed").directory.rglob("tokens.bin") if ".tmp" not in str(path)}
     assert kept or rows < 500
+    for left in build("killed").directory.glob("*.tmp"):
+        (left / "left").write_text("of a process that was killed")
     again = build("killed")
     again.together(0, 1, lambda: None)
     assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
