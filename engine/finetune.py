@@ -103,10 +103,10 @@ def judge_of(data: Prepared) -> Judge:
 
 def saver(model: Any, tokenizer: Any) -> Any:
     """Returns a function that writes (directory, weights) as a model directory."""
+    from engine.models.companions import save_together
 
     def save(directory: Path, weights: dict[str, Any]) -> None:
-        model.save_pretrained(directory, state_dict=weights)
-        tokenizer.save_pretrained(directory)
+        save_together(model, tokenizer, directory, weights)
 
     return save
 

@@ -183,6 +183,7 @@ def run(stage: Stage[PretrainConfig]) -> None:
     from engine.data.packed import PackedBatches
     from engine.finetune import saver
     from engine.models import load_tokenizer, set_dropout
+    from engine.models.companions import together
     from engine.models.varlen import attend_by_lengths
     from engine.randomness import torch_seed
     from engine.training.loop import Fit, Judge
@@ -205,10 +206,11 @@ def run(stage: Stage[PretrainConfig]) -> None:
     tokens = np.concatenate([corpus.sample(SAMPLE // len(training)) for corpus in training.values()])
     if new:
         objective.begin(model, tokens)
-    if config.train.dropout is not None:
-        set_dropout(model, config.train.dropout)
-    if processes.cuda:
-        attend_by_lengths(model)
+    for part in together(model):
+        if config.train.dropout is not None:
+            set_dropout(part, config.train.dropout)
+        if processes.cuda:
+            attend_by_lengths(part)
     languages = {name: corpus.language for name, corpus in training.items()}
     length, batch_size = config.sequence_length, config.train.batch_size
     batches, held_out = (
@@ -247,21 +249,27 @@ def _publish(
 ) -> None:
     """Re-opens the saved weights, proves that they give the logits of the run, judges them on all ranks, publishes."""
     from engine.models import load_model, size_of
+    from engine.models.companions import together
     from engine.models.varlen import attend_by_lengths
     from engine.training.loop import same_logits
 
     heartbeat.beat("finish")
-    model = load_model(weights, objective_class(stage.config.objective).head).to(processes.device)
+    chosen = objective_class(stage.config.objective)
+    model = load_model(weights, chosen.head)
+    size = size_of(model)
+    chosen.accompany(stage.config.objective, model, weights)
+    model = model.to(processes.device)
     same_logits(held_out.probe(model), state.probe, weights)
     if processes.cuda:
-        attend_by_lengths(model)
+        for part in together(model):
+            attend_by_lengths(part)
     metrics = held_out.evaluate(model, processes)
     if processes.main:
         shutil.copytree(weights, stage.output, dirs_exist_ok=True)
         shutil.copy(stage.partial / "history.jsonl", stage.output)
         stage.complete(
             metrics={"validation": {**metrics, "initial_loss": state.initial["loss"]}},
-            **size_of(model),
+            **size,
             seconds={"training": round(state.seconds, 3), "this_run": round(time.monotonic() - started, 3)},
             steps=state.step,
             best_step=state.best_step,
@@ -275,12 +283,15 @@ def _publish(
 def _model(stage: Stage[PretrainConfig], chosen: type[Objective], tokenizer: Any) -> tuple[Any, list[str], bool]:
     """Returns (the model, what was changed in one that goes on learning, whether what scores the vocabulary is new)."""
     from engine.models import has_head, load_model, load_tokenizer, positions_of, read_config
+    from engine.models.companions import together
     from engine.models.fitting import fit_new_words, fit_tokenizer
     from engine.models.scratch import build_model, special_ids
 
     shape, reference = stage.config.shape, stage.config.model
     if shape is not None:
-        return build_model(shape, chosen.head, rounded(len(tokenizer)), special_ids(tokenizer)), [], True
+        model = build_model(shape, chosen.head, rounded(len(tokenizer)), special_ids(tokenizer))
+        chosen.accompany(stage.config.objective, model, None)
+        return model, [], True
     assert isinstance(reference, ModelRef)
     path = stage.recipe.find_model(reference)
     chosen.require_family(read_config(path).model_type)
@@ -294,10 +305,17 @@ def _model(stage: Stage[PretrainConfig], chosen: type[Objective], tokenizer: Any
         except ValueError as error:
             raise UserError(str(error)) from None
     new = not has_head(model, path)
-    said = [f"'{reference}' has nothing that scores the vocabulary: it begins at random"] if new else []
-    said += fit_tokenizer(model, tokenizer)
+    said = [f"'{reference}' has nothing that {chosen.scores}: it begins at random"] if new else []
+    if chosen.companion:
+        new = chosen.accompany(stage.config.objective, model, path)
+        said += [f"'{reference}' has no {chosen.companion} beside it: it begins at random"] if new else []
+    own, *beside = together(model)
+    said += fit_tokenizer(own, tokenizer)
+    for part in beside:
+        fit_tokenizer(part, tokenizer)
     if stage.config.tokenizer is not None:
-        fit_new_words(model, tokenizer, load_tokenizer(path))
+        for part in together(model):
+            fit_new_words(part, tokenizer, load_tokenizer(path))
         said.append("those of the words that were added begin as the mean of their pieces")
     return model, said, new
 

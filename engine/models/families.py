@@ -24,6 +24,7 @@ OPERATIONS = {
     "masked": "cannot be pretrained to predict masked tokens",
     "next": "cannot be pretrained to predict the next token",
     "pairs": "cannot be pretrained to judge pairs of texts",
+    "replaced": "cannot be pretrained to tell replaced tokens",
     "permuted": "cannot be pretrained to predict tokens in any order",
     "rewritten": "cannot be pretrained to write a text",
     "layers": "cannot be given fewer layers",
@@ -41,7 +42,8 @@ HEADS = {
     "AutoModelForQuestionAnswering": "spans",
 }
 """Class of transformers that gives a model a task's head → the operation that needs it."""
-PRETRAINED = {"masked": (False, False), "next": (True, False), "pairs": (False, False), "rewritten": (False, True)}
+PRETRAINED = {"masked": (False, False), "next": (True, False), "rewritten": (False, True)}
+PRETRAINED |= dict.fromkeys(("pairs", "replaced"), PRETRAINED["masked"])
 """Operations that need packed rows, whether a token then sees those before it alone, and whether a decoder reads an encoder."""
 LAYERED = ("layers", "heads", "neurons", "attention", "ffn")
 """Operations that need to know where the layers lie."""
@@ -145,6 +147,10 @@ class Family:
     """From the model: what is added to the scores."""
     pair_head: tuple[str, ...] = ()
     """From the model: what scores a pair of texts, one module behind the other; the first takes the first token's state."""
+    replaced_head: tuple[str, ...] = ()
+    """From the model: what scores how surely a token is a replaced one, one module behind the other."""
+    embeddings: str = "embeddings"
+    """From the base model: what makes vectors of tokens, their places and types."""
     two_streams: bool = False
     """Takes an order in which tokens are predicted: perm_mask and target_mapping, and no positions."""
     causal: bool = False
@@ -168,6 +174,8 @@ class Family:
                 operation, "how they take the rows that it needs is not known (docs/models.md lists the families)"
             )
         if operation == "pairs" and not self.pair_head:
+            return self.cannot.get(operation, "transformers has no head for that")
+        if operation == "replaced" and not self.replaced_head:
             return self.cannot.get(operation, "transformers has no head for that")
         if operation == "permuted" and not self.two_streams:
             return self.cannot.get(operation, "they have no second stream of attention")
@@ -351,7 +359,12 @@ FAMILIES = {
         neurons=("hidden_dim",),
         vocabulary_head=("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
     ),
-    "electra": replace(_BERT, as_wide=("embedding_size",), vocabulary_head=("generator_predictions", "generator_lm_head")),
+    "electra": replace(
+        _BERT,
+        as_wide=("embedding_size",),
+        vocabulary_head=("generator_predictions", "generator_lm_head"),
+        replaced_head=("discriminator_predictions",),
+    ),
     "ernie": _BERT,
     "fnet": Family(cannot=dict.fromkeys(OPERATIONS, "they take no attention mask, so that an answer would depend on padding")),
     "gpt2": Family(

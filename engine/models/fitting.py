@@ -167,7 +167,8 @@ def fit_new_words(model: Any, tokenizer: Any, before: Any) -> None:
     new = {number: [piece.id for piece in split(word)] for word, number in tokenizer.get_vocab().items() if word not in old}
     output = model.get_output_embeddings()
     with torch.no_grad():
-        for table in (model.get_input_embeddings().weight, output.weight, output.bias):
+        tables = [model.get_input_embeddings().weight, *([] if output is None else [output.weight, output.bias])]
+        for table in tables:
             for number, pieces in new.items() if table is not None else ():
                 table[number] = table[pieces].mean(dim=0)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BeforeValidator, SerializeAsAny
@@ -73,6 +74,10 @@ class Objective(abc.ABC):
     """What its families must be able to do, of engine.models.families.OPERATIONS; None: any architecture may do."""
     says: ClassVar[str]
     """The objective in words."""
+    scores: ClassVar[str] = "scores the vocabulary"
+    """What the head does."""
+    companion: ClassVar[str] = ""
+    """Name of a model that learns beside it (engine/models/companions.py); "": none does."""
     special_tokens: ClassVar[tuple[str, ...]]
     """What its tokenizer must have."""
     sentences: ClassVar[bool] = False
@@ -139,6 +144,17 @@ class Objective(abc.ABC):
     @abc.abstractmethod
     def corrupt(self, tokens_L: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Returns columns of one piece of a document, with what its frame adds, each of shape (L,): a pure function."""
+
+    @classmethod
+    def accompany(cls, config: Any, model: Any, path: Path | str | None) -> bool:
+        """Adds its `companion` to a model, in place, and returns whether that begins at random.
+
+        Args:
+            config: section of the objective.
+            model: with nothing beside it.
+            path: directory or hub id that the model was loaded from, which may hold the companion; None: the model is new.
+        """
+        return False
 
     @classmethod  # noqa: B027 - most heads are right as they are
     def adapt(cls, model: Any) -> None:

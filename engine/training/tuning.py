@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from engine.errors import UserError
+from engine.models.companions import companions
 
 
 def stacks_of(model: Any) -> list[tuple[str, int]]:
@@ -29,12 +30,13 @@ def depth_of(model: Any) -> dict[str, int]:
 
     The head and what comes behind the layers (a pooler, a last normalization) have 0, the topmost layer 1, and so on down;
     embedding tables and what comes before the layers lie below the lowest layer. The decoder of an encoder-decoder lies above its
-    encoder.
+    encoder. What learns beside the model is counted by itself.
 
     Raises:
         UserError: the model has no stack of layers.
     """
-    stacks = stacks_of(model)
+    beside = companions(model)
+    stacks = [(name, layers) for name, layers in stacks_of(model) if name.partition(".")[0] not in beside]
     if not stacks:
         raise UserError(
             f"models of type '{model.config.model_type}' have no layers: leave train.layers, layer_decay and unfreeze out"
@@ -54,6 +56,8 @@ def depth_of(model: Any) -> dict[str, int]:
             above -= layers
         else:
             depths[name] = total + 1 if name.rpartition(".")[0] in tables else behind
+    for name, companion in beside.items():
+        depths |= {f"{name}.{parameter}": depth for parameter, depth in depth_of(companion).items()}
     return depths
 
 

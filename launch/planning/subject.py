@@ -11,8 +11,9 @@ from engine.config import ModelRef, Recipe
 from engine.corpus import CorpusConfig
 from engine.errors import UserError
 from engine.models import load_model, load_tokenizer, set_dropout, size_of
+from engine.models.companions import together
 from engine.models.scratch import ScratchConfig, build_model
-from engine.objectives import Objective, objective_class
+from engine.objectives import ObjectiveConfig, objective_class
 from engine.pretrain import PretrainConfig, rounded
 from engine.stages.stage import Stage, read_stage
 from engine.tasks import task_class
@@ -41,7 +42,7 @@ def subject_of(stage: Stage[Any], attention: str) -> Subject:
         def of_objective(model: Any, rows: int) -> torch.Tensor:
             return objective.made_up_loss(config.objective, model, rows, config.sequence_length)
 
-        build = _adapted(_new_model(stage.recipe, config, attention, objective.head), objective)
+        build = _adapted(_new_model(stage.recipe, config, attention, objective.head), config.objective)
         return Subject(_with_dropout(build, config.train.dropout), of_objective, 0, notes)
     task, length = task_class(config.task), config.max_length
 
@@ -60,10 +61,13 @@ def subject_of(stage: Stage[Any], attention: str) -> Subject:
     return Subject(_with_dropout(build, config.train.dropout), made_up, teacher, notes)
 
 
-def _adapted(build: Build, objective: type[Objective]) -> Build:
+def _adapted(build: Build, config: ObjectiveConfig) -> Build:
+    objective = objective_class(config)
+
     def changed() -> Any:
         model = build()
         objective.require_family(model.config.model_type)
+        objective.accompany(config, model, None)
         objective.adapt(model)
         return model
 
@@ -149,7 +153,8 @@ def _with_dropout(build: Build, probability: float | None) -> Build:
     def changed() -> Any:
         model = build()
         if probability is not None:
-            set_dropout(model, probability)
+            for part in together(model):
+                set_dropout(part, probability)
         return model
 
     return changed

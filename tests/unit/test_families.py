@@ -22,6 +22,7 @@ COLUMNS = (
     "masked",
     "next",
     "pairs",
+    "replaced",
     "permuted",
     "rewritten",
     "layers",

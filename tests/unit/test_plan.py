@@ -245,7 +245,9 @@ def test_stages_whose_inputs_have_not_been_made_are_planned_from_the_recipe(tmp_
     assert any("weights of the teacher" in item.formula for level in student.levels for item in level.need.items)
 
 
-@pytest.mark.parametrize(("family", "objective"), [("t5", "span_corruption"), ("bart", "denoising"), ("xlnet", "plm")])
+@pytest.mark.parametrize(
+    ("family", "objective"), [("t5", "span_corruption"), ("bart", "denoising"), ("xlnet", "plm"), ("electra", "rtd")]
+)
 def test_a_new_model_and_the_classifier_that_is_made_of_it_are_planned(tmp_path, family, objective):
     shape = {"family": family, "layers": 2, "hidden": 32, "heads": 4, "positions": 64}
     vocabulary = {"train": {"type": "bpe", "vocab_size": 400}} if family != "xlnet" else {"train": {"vocab_size": 400}}

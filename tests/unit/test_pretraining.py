@@ -58,7 +58,7 @@ CASES |= {"bert": ("nsp", AutoModelForPreTraining), "albert": ("sop", AutoModelF
 CASES |= {"xlnet": ("plm", AutoModelForCausalLM)}
 CASES |= {"t5": ("span_corruption", AutoModelForSeq2SeqLM), "bart": ("denoising", AutoModelForSeq2SeqLM)}
 CASES |= {"mbart": ("denoising", AutoModelForSeq2SeqLM)}
-CASES |= {"modernbert": ("mlm", AutoModelForMaskedLM), "electra": ("mlm", AutoModelForMaskedLM)}
+CASES |= {"modernbert": ("mlm", AutoModelForMaskedLM), "electra": ("rtd", AutoModelForPreTraining)}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -130,6 +130,10 @@ REFUSED = {
     "order": (
         {"base": new_model("bert", "plm")},
         "models of type 'bert' cannot be pretrained to predict tokens in any order: they have no second stream of attention",
+    ),
+    "detector": (
+        {"base": new_model("bert", "rtd")},
+        "models of type 'bert' cannot be pretrained to tell replaced tokens: transformers has no head for that",
     ),
     "streams": ({"base": new_model("xlnet", "clm")}, "models of type 'xlnet' cannot be pretrained to predict the next token"),
     "family": ({"base": new_model("bert", "clm")}, "models of type 'bert' cannot be pretrained to predict the next token"),

@@ -11,12 +11,15 @@ from engine.config import load_recipe
 from engine.data import corpus as documents
 from engine.data import shards as rooms
 from engine.data.corpus import Corpus
+from engine.data.packed import PackedBatches
 from engine.data.shards import SPLITS, Builder, Shards, units_of
 from engine.data.splits import DataConfig, split_of
 from engine.errors import UserError
+from engine.objectives import mlm
 from engine.stages.stage import hash_directory
 from tests.recipes import ragged_rows, write_recipe, write_rows
 from tests.unit.models import tiny_tokenizer
+from tests.unit.test_packed_families import Tokens
 
 CHUNK = 64
 FILES = {"a.jsonl": 700, "b.jsonl": 40, "c.jsonl": 30, "d.jsonl": 2500}
@@ -157,3 +160,14 @@ def test_a_bad_row_is_named_and_what_is_complete_stays(tmp_path, build):
     assert all(
         isinstance(Corpus.open(path.parent), Corpus) for path in Path(build("corpus").directory).glob("*[0-9]/*/tokens.bin")
     )
+
+
+def test_equal_pieces_of_two_shards_are_corrupted_each_in_its_own_way():
+    corpus = Corpus(np.arange(5, 405, dtype=np.uint16), np.asarray([200, 400]))
+    objective = mlm.Objective(mlm.Config(), 500, 4, [0, 1, 2, 3, 4])
+    batches = PackedBatches({"": [corpus, corpus]}, objective, Tokens, 64, 4, 1)
+    half = batches.rows // 2
+    first, second = ([batches.row(0, half * shard + number) for number in range(half)] for shard in (0, 1))
+    for one, other in zip(first, second, strict=True):
+        assert (one["segments"] == other["segments"]).all()
+        assert (one["labels"] != other["labels"]).any()
