@@ -120,6 +120,12 @@ class TrainConfig(Strict):
         return self
 
     @model_validator(mode="after")
+    def _muon_has_layers(self) -> TrainConfig:
+        if self.optimizer == "muon" and self.layers == 0:
+            raise ValueError("train.optimizer=muon is for layers, of which train.layers=0 trains none: use adamw")
+        return self
+
+    @model_validator(mode="after")
     def _one_of_both(self) -> TrainConfig:
         if self.compile and self.deterministic:
             raise ValueError(

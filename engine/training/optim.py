@@ -39,13 +39,13 @@ def build_optimizer(model: torch.nn.Module, train: TrainConfig) -> tuple[torch.o
 
 
 def hidden_matrices(model: torch.nn.Module) -> set[str]:
-    """Returns the names of the matrices of a model's layers, which Muon takes."""
+    """Returns the names of the matrices of a model's layers, which Muon takes: no tables, no biases of two dimensions."""
     stacks = tuple(f"{name}." for name, _ in stacks_of(model))
     tables = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
     return {
         name
         for name, parameter in model.named_parameters()
-        if parameter.ndim == 2 and name.startswith(stacks) and name.rpartition(".")[0] not in tables
+        if parameter.ndim == 2 and name.startswith(stacks) and name.rpartition(".")[0] not in tables and "bias" not in name
     }
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from engine.errors import UserError
+from engine.models.scratch import ScratchConfig, build_model
 from engine.training.config import TrainConfig
 from engine.training.optim import build_optimizer, hidden_matrices
 from tests.unit.models import tiny_classifier
@@ -115,6 +116,20 @@ def test_muon_takes_the_matrices_of_the_layers_and_adamw_all_else():
         torch.testing.assert_close(parameter, named[name], rtol=1e-5, atol=1e-7)
     kept = {name: chosen.state[parameter] for name, parameter in model.named_parameters()}
     assert all(("momentum_buffer" in state) == (name in hidden) for name, state in kept.items())
+
+
+def test_tables_and_biases_in_layers_are_not_for_muon():
+    for family in ("xlnet", "t5"):
+        model = build_model(
+            ScratchConfig(family=family, layers=2, hidden=32, heads=4, positions=64),
+            "AutoModelForSequenceClassification",
+            64,
+            {"pad_token_id": 0, "eos_token_id": 1},
+        )
+        names = {name for name, parameter in model.named_parameters() if parameter.ndim == 2}
+        left = names - hidden_matrices(model)
+        assert any("r_w_bias" in name or "relative_attention_bias" in name for name in left)
+        assert hidden_matrices(model) and not any("bias" in name for name in hidden_matrices(model))
 
 
 def test_a_model_without_layers_is_not_for_muon():

@@ -250,6 +250,8 @@ def test_an_optimizer_of_whole_tensors_is_refused_where_they_are_cut(tmp_path, o
             check(path, chosen, f"teacher.parallel=zero{level}")
     with pytest.raises(UserError, match="measures whole tensors, which DeepSpeed joins for fp16: use bf16, or adamw"):
         check(path, chosen, "teacher.train.precision=fp16")
+    with pytest.raises(UserError, match=r"muon is for layers, of which train\.layers=0 trains none: use adamw"):
+        check(path, "teacher.train.optimizer=muon", "teacher.train.layers=0")
 
 
 def test_operators_are_compiled_only_where_they_are_needed(tmp_path):

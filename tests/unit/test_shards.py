@@ -171,3 +171,22 @@ def test_equal_pieces_of_two_shards_are_corrupted_each_in_its_own_way():
     for one, other in zip(first, second, strict=True):
         assert (one["segments"] == other["segments"]).all()
         assert (one["labels"] != other["labels"]).any()
+
+
+def test_each_rank_counts_the_rows_of_shards_of_its_own():
+    shards = [Corpus(np.full(size, 7, dtype=np.uint16), np.asarray([size])) for size in (100, 300, 500)]
+    objective = mlm.Objective(mlm.Config(), 500, 4, [0, 1, 2, 3, 4])
+    whole = PackedBatches({"": shards}, objective, Tokens, 64, 4, 1)
+    told = []
+
+    class Ranks:
+        rank, processes = 1, 2
+
+        def sum(self, *values):
+            told.append(np.reshape(values, (3, 3)))
+            others = np.diff(np.stack([whole.ends, whole.pieces, whole.tokens], 1), axis=0, prepend=0) - told[0]
+            return (told[0] + others).flatten().tolist()
+
+    shared = PackedBatches({"": shards}, objective, Tokens, 64, 4, 1, ranks=Ranks())
+    assert told[0][1].all() and not told[0][[0, 2]].any()
+    assert (shared.ends == whole.ends).all() and shared.describe == whole.describe
