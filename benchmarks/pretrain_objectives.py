@@ -58,6 +58,7 @@ CASES = {
     "roberta_mlm": Case("roberta", {"type": "mlm"}, BPE),
     "modernbert_mlm30": Case("modernbert", {"type": "mlm", "mask": 0.3}, BPE),
     "gpt2_clm": Case("gpt2", {"type": "clm"}, BPE),
+    "electra_rtd": Case("electra", {"type": "rtd"}, WORDPIECE),
     "xlnet_plm": Case("xlnet", {"type": "plm"}, WORDPIECE),
     "llama_clm": Case("llama", {"type": "clm"}, BPE),
     "t5_spans": Case("t5", {"type": "span_corruption"}, BPE),
@@ -92,8 +93,9 @@ def measured(name: str, case: Case, scratch: Path) -> dict[str, Figure]:
         f"{name}_loss_after": figure(validation["loss"], "nats"),
         f"{name}_bit_exact_resume": figure(float(done.returncode == 0), "ratio", 2),
     }
-    if "pair_accuracy" in validation:
-        figures[f"{name}_pair_accuracy"] = figure(validation["pair_accuracy"], "%")
+    for key in ("pair_accuracy", "replaced_accuracy", "replaced_recall"):
+        if key in validation:
+            figures[f"{name}_{key}"] = figure(validation[key], "%")
     return figures
 
 

@@ -14,7 +14,7 @@ from engine.training.processes import Processes
 from engine.training.trainer import Trainer
 from launch.recipe import load_stages
 from tests.recipes import write_recipe
-from tests.unit import test_pairs, test_plm
+from tests.unit import test_pairs, test_plm, test_rtd
 from tests.unit.test_packed_families import model_of, packed_of
 from tests.unit.test_pairs import corpus  # noqa: F401
 
@@ -71,6 +71,11 @@ def test_masked_tokens_and_pairs(step, corpus, kind):  # noqa: F811
 def test_the_next_token(step):
     batches = packed_of([list(range(10, 30)), list(range(30, 50))], clm.Objective(), 24)
     assert not step(model_of("gpt2"), batches.objective, batches)
+
+
+def test_replaced_tokens(step):
+    chosen = test_rtd.objective()
+    assert not step(test_rtd.model_of(), chosen, test_rtd.batches_of(chosen))
 
 
 def test_tokens_in_any_order(step):
