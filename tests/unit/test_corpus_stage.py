@@ -209,3 +209,19 @@ def test_a_language_without_its_token_is_one_line(tmp_path, train, message):
         with pytest.raises(UserError) as error:
             check(write_recipe(tmp_path, {"text": stage}))
         assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_killed_while_it_is_published_a_corpus_is_not_made_again(tmp_path, monkeypatch):
+    recipe = write_recipe(tmp_path, {"text": {"corpus": corpus_section()}})
+
+    def killed(self, **facts):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("engine.stages.stage.Stage.complete", killed)
+        run_here(recipe, "text", tmp_path / "runs")
+    (tokens,) = (tmp_path / "runs/tiny/text.partial/corpus").glob("*/train/tokens.bin")
+    before = tokens.stat().st_mtime_ns
+    directory = run_here(recipe, "text", tmp_path / "runs").directory
+    (published,) = (directory / "corpus").glob("*/train/tokens.bin")
+    assert published.stat().st_mtime_ns == before
