@@ -6,7 +6,8 @@ import torch
 
 from engine.stages.stage import read_stage
 from tests.distributed.conftest import TWO
-from tests.recipes import read_history, read_weights, run_here
+from tests.recipes import pretrain_section, read_history, read_weights, run_here, train_section, write_recipe, write_rows
+from tests.unit.models import WORDS
 
 CLOSE = 1e-4
 
@@ -49,9 +50,12 @@ def test_the_weights_that_are_handed_on_do_not_depend_on_how_the_batch_is_spread
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-3, msg=name)
 
 
-def test_the_loss_falls_and_targets_are_ragged(single):
-    loss = numbers(single, "validation", "loss")
-    assert loss[-1] < max(loss) - 0.02
+def test_the_loss_falls_where_there_is_something_to_learn(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [{"text": " ".join([word] * count)} for word in WORDS for count in range(5, 25)])
+    train = train_section(steps=60, learning_rate=1e-2, evaluate_every=30)
+    recipe = write_recipe(tmp_path, {"base": {"pretrain": pretrain_section(train=train)}})
+    loss = numbers(run_here(recipe, "base", tmp_path / "runs").directory, "validation", "loss")
+    assert loss[-1] < loss[0] - 0.5
 
 
 def test_the_record_says_how_the_work_was_spread(zero2, zero3):
