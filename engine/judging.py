@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.answers import Answer, Answers, Row
+from engine.answers import Answer, Answers, Metric, Row
 from engine.errors import UserError, did_you_mean
 from engine.intervals import Interval, accuracy_interval, bootstrap_metrics
 from engine.stages import heartbeat
@@ -79,11 +79,11 @@ class Group(NamedTuple):
     """So many rare values are in it."""
 
 
-def groups_of(cells: Sequence[Any]) -> list[Group]:
+def groups_of(cells: Sequence[Any], most: int = MOST_GROUPS) -> list[Group]:
     """Groups rows by the cells of a column.
 
-    Up to MOST_GROUPS values are a group each, the most frequent first; values that are rarer than those, or that fewer than
-    FEWEST_ROWS rows have, are pooled as "others". More numbers than that are cut into quartiles.
+    Up to `most` values are a group each, the most frequent first; values that are rarer than those, or that fewer than
+    FEWEST_ROWS rows have, are pooled as "others". More numbers than MOST_GROUPS are cut into quartiles.
     """
     numbers_N = _numbers(cells)
     if numbers_N is not None and len(np.unique(numbers_N)) > MOST_GROUPS:
@@ -91,8 +91,8 @@ def groups_of(cells: Sequence[Any]) -> list[Group]:
     named_N = np.array([_named(cell) for cell in cells], dtype=np.object_)
     counted = Counter(named_N.tolist()).most_common()
     kept = [value for value, count in counted if count >= FEWEST_ROWS]
-    if len(counted) > len(kept) or len(kept) > MOST_GROUPS:
-        kept = kept[: MOST_GROUPS - 1]
+    if len(counted) > len(kept) or len(kept) > most:
+        kept = kept[: most - 1]
     groups = [Group(value, np.flatnonzero(named_N == value)) for value in kept]
     rare = [value for value, _ in counted if value not in kept]
     if rare:
@@ -171,22 +171,41 @@ def _cells(answers: Answers, rows: Sequence[Row], column: str) -> Sequence[Any]:
 
 
 def _judge_groups(answers: Answers, given: Sequence[Answer], rows: Sequence[Row], groups: list[Group]) -> dict[str, Any]:
-    metric, sign = answers.metric, 1 if answers.metric.higher_is_better else -1
-
     def judged(rows_N: np.ndarray) -> dict[str, Interval]:
         heartbeat.beat("finish")
         return quick_intervals(answers, [given[row] for row in rows_N], [rows[row] for row in rows_N])
 
     def chosen(rows_N: np.ndarray) -> Interval:
-        if not metric.counted:
-            return judged(rows_N)[metric.name]
+        if not answers.metric.counted:
+            return judged(rows_N)[answers.metric.name]
         return accuracy_interval(answers.right([given[row] for row in rows_N], [rows[row] for row in rows_N]))
 
+    overall = answers.metrics(list(given), rows)[answers.metric.name]
+    return compare_groups(groups, len(rows), answers.metric, overall, judged, chosen)
+
+
+def compare_groups(
+    groups: list[Group],
+    rows: int,
+    metric: Metric,
+    overall: float,
+    judged: Callable[[np.ndarray], dict[str, Interval]],
+    chosen: Callable[[np.ndarray], Interval],
+) -> dict[str, Any]:
+    """Returns every group with its metrics, and the one that is worse than the rest, as `judge_slices` has them of a column.
+
+    Args:
+        rows: how many there are in all.
+        metric: by which they are compared.
+        overall: that of all rows.
+        judged: returns all metrics of the rows with these numbers.
+        chosen: returns `metric` alone.
+    """
+    sign = 1 if metric.higher_is_better else -1
     found = [(group, judged(group.rows_N)) for group in groups]
-    overall = answers.metrics(list(given), rows)[metric.name]
     worst = None
     for group, intervals in sorted(found, key=lambda pair: sign * pair[1][metric.name].value):
-        own, rest_N = intervals[metric.name], np.setdiff1d(np.arange(len(rows)), group.rows_N)
+        own, rest_N = intervals[metric.name], np.setdiff1d(np.arange(rows), group.rows_N)
         if min(len(group.rows_N), len(rest_N)) < FEWEST_ROWS or sign * own.value >= sign * overall:
             continue
         rest = chosen(rest_N)

@@ -30,7 +30,9 @@ def register(app: typer.Typer) -> None:
     )(sweep)
     app.command(
         epilog="Examples: `bothways evaluate runs/demo/engine new.csv` · "
-        "`bothways evaluate runs/demo/teacher new.csv --set text=review --set label=stars --output predictions.jsonl`"
+        "`bothways evaluate runs/demo/teacher new.csv --set text=review --set label=stars --output predictions.jsonl` · "
+        "`bothways evaluate runs/own/base heldout.jsonl` · "
+        "`bothways evaluate runs/own/base pairs.jsonl --set good=right --set bad=wrong --slice kind`"
     )(evaluate)
 
 
@@ -84,7 +86,10 @@ def new(
 
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A bundle, a stage's directory or a model directory.")],
-    data: Annotated[list[str], typer.Argument(metavar="DATA", help="Labelled rows: files, patterns or hub:NAME.")],
+    data: Annotated[
+        list[str],
+        typer.Argument(metavar="DATA", help="Labelled rows; texts or pairs for a language model: files, patterns or hub:NAME."),
+    ],
     overrides: Annotated[
         list[str], typer.Option("--set", metavar="A=C", help="A key of the task that differs in this data.", show_default=False)
     ] = [],  # noqa: B006
@@ -101,7 +106,10 @@ def evaluate(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Judge any saved model or bundle on new data: every metric with its 95 % interval."""
+    """Judge any saved model or bundle on new data: every metric with its 95 % interval.
+
+    A pretrained language model: perplexity and bits per byte of the column `text`, or how often `good` of a pair beats `bad`.
+    """
     from launch.evaluate import evaluate as judge
     from launch.evaluate import table, write_predictions
 

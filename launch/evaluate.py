@@ -1,4 +1,7 @@
-"""`bothways evaluate`: any saved model or bundle on new data, by the answering half that serves it."""
+"""`bothways evaluate`: any saved model or bundle on new data, by the answering half that serves it.
+
+A pretrained language model, which has no task, is judged in `launch.likelihood`.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from engine.models.facts import ModelFiles
 from engine.problems import load_section
 from engine.stages.stage import read_stage
 from engine.tasks import REGISTRY, TaskConfig
+from launch.likelihood import evaluate_language_model
 from launch.pairs import LAYOUT, pairs
 
 MAX_LENGTH = 128
@@ -45,7 +49,7 @@ def evaluate(
     slices: Sequence[str] = (),
     layout: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Judges a model on labelled rows.
+    """Judges a model on labelled rows, or a pretrained language model on texts.
 
     Args:
         path: a bundle, or a model directory.
@@ -59,13 +63,16 @@ def evaluate(
 
     Returns:
         ({"model", "data", "rows", "metrics": {name: {"value", "low", "high"}}, "metric": that of the task, "slices": see
-        `judge_slices`}, the predictions).
+        `judge_slices`}, the predictions). Of a language model "remarks", too: lines.
 
     Raises:
         UserError: no model that can be judged, or rows that cannot be read or hold classes that it does not know.
     """
-    subject = open_subject(path, pairs(settings, "--set", "text=review --set label=stars"), max_length, engine, threads)
+    changes = pairs(settings, "--set", "text=review --set label=stars")
     source = load_section(SourceConfig, {**pairs(layout, *LAYOUT), "path": data}, "DATA")
+    if (section := language_section(path, changes)) is not None and engine is None:
+        return evaluate_language_model(path, section, source, changes, max_length, slices)
+    subject = open_subject(path, changes, max_length, engine, threads)
     rows = SourceRows(source, Recipe.here(), subject.config.columns)
     found: list[Row] = []
     for row in rows:
@@ -87,6 +94,23 @@ def evaluate(
     return report, records
 
 
+def language_section(path: Path, changes: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the section of the stage that made a pretrained language model, {} of a stranger's; None: it is something else.
+
+    Raises:
+        UserError: a language model that gives texts no likelihood.
+    """
+    if "type" in changes or (path / "manifest.json").is_file() or not (path / "config.json").is_file():
+        return None
+    record = read_stage(path)
+    section: dict[str, Any] = record["section"] if record is not None else {}
+    if "task" in section:
+        return None
+    from engine.likelihood import kind_of
+
+    return None if kind_of(path) is None else section
+
+
 def open_subject(path: Path, changes: dict[str, Any], max_length: int | None, engine: str | None, threads: int | None) -> Subject:
     """Opens a bundle, an int8 stage or a model directory.
 
@@ -104,7 +128,8 @@ def open_subject(path: Path, changes: dict[str, Any], max_length: int | None, en
     task = {**section.get("task", {}), **changes}
     if "type" not in task:
         raise UserError(
-            f"{path}: no stage.json says which task it does: --set type=… (known: {', '.join(sorted(REGISTRY.known()))})"
+            f"{path}: no stage.json says which task it does: --set type=… (known: {', '.join(sorted(REGISTRY.known()))}); "
+            "and config.json names no language model"
         )
     config = _config(task)
     positions = positions_of(ModelFiles(path).config) or MAX_LENGTH
@@ -203,6 +228,7 @@ def table(report: dict[str, Any]) -> str:
     metrics = report["metrics"]
     width = max(map(len, metrics))
     lines = [f"{report['model']} ({report['engine']})", *report["data"], f"{report['rows']:,} rows; 95 % intervals"]
+    lines += report.get("remarks", [])
     lines += [f"{name:<{width}}  {_shown(metric)}" for name, metric in metrics.items()]
     for column, found in report["slices"].items():
         lines += ["", f"{report['metric']['name']} by {column}", *_slice_lines(found, report["metric"]["name"])]

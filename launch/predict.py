@@ -21,6 +21,7 @@ from engine.problems import load_section
 from engine.terminal import coloured, speaks_unicode, takes_colours
 from launch.fields import Fields
 from launch.pairs import LAYOUT, pairs
+from launch.progress import progress
 
 if TYPE_CHECKING:
     from export.serving.bundle import Bundle
@@ -96,7 +97,7 @@ def predict(
     # A person who types wants an answer after every line.
     size = 1 if not texts and not source and sys.stdin.isatty() else CHUNK
     numbers = itertools.count()
-    with _output(target) as file, _progress(total) as advance:
+    with _output(target) as file, progress(total, CHUNK) as advance:
         if table:
             print(table.header, file=file)
         while chunk := list(itertools.islice(rows, size)):
@@ -202,16 +203,3 @@ def _output(target: Path | None) -> Iterator[IO[str]]:
         raise UserError(f"{target}: its directory does not exist") from None
     finally:
         part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _progress(total: int | None) -> Iterator[Any]:
-    if total is None or total <= CHUNK or not sys.stderr.isatty():
-        yield lambda rows: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda rows: progress.advance(task, rows)

@@ -47,6 +47,20 @@ def batches_by_length(lengths: Sequence[int] | np.ndarray, size: int) -> list[np
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def batches_of_tokens(lengths: Sequence[int] | np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Cuts row numbers, sorted by length, into batches of at most `tokens` tokens, padding included, and one row at least."""
+    lengths_N = np.asarray(lengths)
+    order = np.argsort(lengths_N, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        # Rows grow, so that the last one of a batch says how wide it is.
+        sizes = lengths_N[order[start : start + tokens]] * np.arange(1, min(tokens, len(order) - start) + 1)
+        count = max(1, int(np.searchsorted(sizes, tokens, side="right")))
+        batches.append(order[start : start + count])
+        start += count
+    return batches
+
+
 def balanced(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Returns as many row numbers as there are, in no order: equally many of each group, or one more; of -1 each row once.
 
