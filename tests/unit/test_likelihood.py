@@ -7,7 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    ElectraConfig,
+    ElectraForPreTraining,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from engine.errors import UserError
 from engine.likelihood import LanguageModel
@@ -211,3 +219,12 @@ def test_models_without_such_a_likelihood_are_refused_and_those_with_a_task_go_t
     with pytest.raises(UserError, match=r"config\.json names no language model"):
         judge(classifier, rows)
     assert "f1_macro" in judge(classifier, rows, settings=["type=classification"])[0]["metrics"]
+
+
+def test_a_discriminator_is_no_language_model(tmp_path):
+    shape = {"hidden_size": 32, "embedding_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    ElectraForPreTraining(ElectraConfig(**shape)).save_pretrained(tmp_path / "model")
+    tiny_tokenizer(tmp_path / "model").save_pretrained(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in TEXTS])
+    with pytest.raises(UserError, match="its weights have nothing that scores the vocabulary: no language model"):
+        judge(tmp_path / "model", tmp_path / "rows.jsonl")
