@@ -109,7 +109,7 @@ class LanguageModel:
     def __init__(self, path: Path, max_length: int) -> None:
         import torch
 
-        from engine.models import check_length, has_head, load_model, load_tokenizer
+        from engine.models import check_length, load_model, load_tokenizer
 
         kind = kind_of(path)
         if kind is None:
@@ -119,8 +119,6 @@ class LanguageModel:
         if kind == BOTH_SIDES and self.tokenizer.mask_token_id is None:
             raise UserError(f"{path}: its tokenizer has no mask_token, which hides a token: name it in tokenizer_config.json")
         model: Any = load_model(path, HEADS[kind])
-        if not has_head(model, path):
-            raise UserError(f"{path}: its weights have nothing that scores the vocabulary: no language model")
         check_length(max_length, model.config, "max_length", path)
         self.model: Any = model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.known_head = bool(family_of(self.model.config.model_type).vocabulary_head)
