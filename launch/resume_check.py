@@ -91,9 +91,24 @@ class Trial(NamedTuple):
 
 def differences(directory: Path, other: Path) -> Iterator[str]:
     """Yields what distinguishes two finished directories of the same training stage: weights, losses and metrics, bit by bit."""
+    for path in sorted(directory.rglob("model.safetensors")):  # of the model, and of what learns beside it
+        yield from _other_tensors(path, other / path.relative_to(directory))
+    mine, yours = (_losses(path) for path in (directory, other))
+    for step in sorted(mine.keys() | yours.keys()):
+        if mine.get(step) != yours.get(step):
+            yield f"the history differs at step {step}: {mine.get(step)} and {yours.get(step)}"
+    if (read_stage(directory) or {}).get("metrics") != (read_stage(other) or {}).get("metrics"):
+        yield "the metrics differ"
+
+
+def _other_tensors(path: Path, other: Path) -> Iterator[str]:
+    """Yields what distinguishes the tensors of two files."""
     from safetensors import safe_open
 
-    with safe_open(directory / "model.safetensors", "pt") as ours, safe_open(other / "model.safetensors", "pt") as theirs:
+    if not other.is_file():
+        yield f"there is no {other}"
+        return
+    with safe_open(path, "pt") as ours, safe_open(other, "pt") as theirs:
         if set(ours.keys()) != set(theirs.keys()):
             yield "the tensors have other names"
             return
@@ -101,12 +116,6 @@ def differences(directory: Path, other: Path) -> Iterator[str]:
             a, b = ours.get_tensor(name), theirs.get_tensor(name)
             if a.shape != b.shape or not a.equal(b):
                 yield f"tensor {name} differs" + (f" by up to {float((a - b).abs().max()):.3g}" if a.shape == b.shape else "")
-    mine, yours = (_losses(path) for path in (directory, other))
-    for step in sorted(mine.keys() | yours.keys()):
-        if mine.get(step) != yours.get(step):
-            yield f"the history differs at step {step}: {mine.get(step)} and {yours.get(step)}"
-    if (read_stage(directory) or {}).get("metrics") != (read_stage(other) or {}).get("metrics"):
-        yield "the metrics differ"
 
 
 def _losses(directory: Path) -> dict[int, list[dict[str, Any]]]:

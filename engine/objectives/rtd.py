@@ -66,6 +66,7 @@ class Objective(mlm.Objective):
     def accompany(cls, config: Config, model: Any, path: Path | str | None) -> bool:
         from engine.models import auto_class, load_model
         from engine.models.companions import attach
+        from engine.models.families import family_of
 
         attention, own = model.config._attn_implementation, path / cls.companion if isinstance(path, Path) else None
         if own is None or not own.is_dir():
@@ -77,6 +78,15 @@ class Objective(mlm.Objective):
         if there != here:
             raise UserError(
                 f"{own}: its table of tokens is {there}, that of the model {here}: remove it, and it begins at random"
+            )
+        family = family_of(model.config.model_type)
+        wide, asked = (
+            getattr(about, family.hidden) for about in (model.generator.config, _smaller(model.config, config.generator))
+        )
+        if "generator" in config.model_fields_set and wide != asked:
+            raise UserError(
+                f"objective.generator={config.generator:g} makes a generator of {asked} features, that of {own} has {wide}: "
+                "leave it out, and it stays as it is"
             )
         return False
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
 
 from engine.data.corpus import Corpus
@@ -15,6 +16,7 @@ from engine.objectives import rtd
 from engine.objectives._tokens import IGNORED, hidden_of
 from engine.randomness import generator
 from engine.training import loop
+from launch.resume_check import differences
 from tests.recipes import pretrain_section, read_history, read_weights, run_here, train_section, write_recipe
 
 PAD, CLS, SEP, MASK, VOCABULARY, LENGTH = 0, 2, 3, 4, 200, 40
@@ -48,7 +50,10 @@ def batches_of(chosen):
 
 
 def batch_of(chosen):
-    return {name: value for name, value in batches_of(chosen).collate(0, np.arange(6)).items() if torch.is_tensor(value)}
+    batches = batches_of(chosen)
+    batch = batches.collate(0, np.arange(batches.rows - 6, batches.rows))
+    assert (batch["segments"] == 0).any(), "rows without padding prove nothing about it"
+    return {name: value for name, value in batch.items() if torch.is_tensor(value)}
 
 
 def test_fifteen_percent_of_the_tokens_are_chosen_and_all_of_them_masked():
@@ -161,6 +166,15 @@ def test_another_models_generator_is_refused(tmp_path):
         rtd.Objective.accompany(rtd.Config(), other, tmp_path)
 
 
+def test_another_size_than_that_of_the_generator_that_is_there_is_refused(tmp_path):
+    model_of(generator=0.5).generator.save_pretrained(tmp_path / "generator")
+    model = build_model(ScratchConfig(**SHAPE), rtd.Objective.head, VOCABULARY, {"pad_token_id": PAD})
+    assert not rtd.Objective.accompany(rtd.Config(), model, tmp_path), "what is not said stays as it is"
+    assert not rtd.Objective.accompany(rtd.Config(generator=0.5), model, tmp_path)
+    with pytest.raises(UserError, match=r"objective.generator=0.25 makes a generator of 8 features, that of .* has 16: leave"):
+        rtd.Objective.accompany(rtd.Config(generator=0.25), model, tmp_path)
+
+
 def section(model=SHAPE, **changes):
     changes = {"objective": {"type": "rtd"}, "train": train_section(steps=6, evaluate_every=2), **changes}
     made = pretrain_section(model=model, tokenizer={"train": {"vocab_size": 300}}, **changes)
@@ -241,5 +255,10 @@ def test_killed_it_ends_with_bit_equal_weights_of_both(base, tmp_path, monkeypat
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(loop.Trainer, "step", killed)
         run_here(recipe, "base", tmp_path / "runs")
-    again, whole = everything(run_here(recipe, "base", tmp_path / "runs").directory), everything(base)
-    assert again.keys() == whole.keys() and all(torch.equal(again[name], whole[name]) for name in whole)
+    again = run_here(recipe, "base", tmp_path / "runs").directory
+    ours, theirs = everything(again), everything(base)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert list(differences(again, base)) == []
+    path = again / "generator" / "model.safetensors"
+    save_file({name: value + (name == "generator_lm_head.bias") for name, value in load_file(path).items()}, path)
+    assert [found.split(" by")[0] for found in differences(again, base)] == ["tensor generator_lm_head.bias differs"]
