@@ -226,5 +226,5 @@ def test_a_discriminator_is_no_language_model(tmp_path):
     ElectraForPreTraining(ElectraConfig(**shape)).save_pretrained(tmp_path / "model")
     tiny_tokenizer(tmp_path / "model").save_pretrained(tmp_path / "model")
     write_rows(tmp_path / "rows.jsonl", [{"text": text} for text in TEXTS])
-    with pytest.raises(UserError, match="weights are missing .* its files are not those of a ElectraForMaskedLM"):
+    with pytest.raises(UserError, match=r"weights are missing .* its files are not those of a ElectraForMaskedLM"):
         judge(tmp_path / "model", tmp_path / "rows.jsonl")
