@@ -95,11 +95,11 @@ def write_result(name: str, command: str, commit: str, figures: dict[str, Figure
     return path
 
 
-def merge_result(name: str, command: str, commit: str, figures: dict[str, Figure]) -> Path:
+def merge_result(name: str, command: str, commit: str, figures: dict[str, Figure], directory: Path = RESULTS) -> Path:
     """Writes figures into `results/NAME.json`, beside those that were measured at the same commit; others are dropped."""
-    before = read_results().get(name, {})
+    before = read_results(directory).get(name, {})
     kept = before["figures"] if before.get("commit") == commit else {}
-    return write_result(name, command, commit, {**kept, **figures})
+    return write_result(name, command, commit, {**kept, **figures}, directory)
 
 
 def head() -> str:
