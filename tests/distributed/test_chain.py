@@ -22,7 +22,8 @@ def chain(tmp_path_factory):
     for body in stages.values():
         for section in body.values():
             section["data"] = {"train": "rows.jsonl", "validation": "20%", "test": "20%"}
-    stages["base"]["pretrain"]["data"].pop("test")
+    stages["text"]["corpus"]["data"].pop("test")
+    stages["base"]["pretrain"]["data"] = None
     stages["teacher"]["finetune"]["train"] |= {"steps": 60, "learning_rate": 3e-3, "evaluate_every": 30}
     stages["engine"]["export"]["threads"] = 1
     recipe = write_recipe(directory, stages)
@@ -53,7 +54,8 @@ def test_each_stage_names_the_bytes_that_it_read(chain):
     _, run = chain
     for name, body in CHAIN.items():
         inputs = read_stage(run / name)["inputs"]
-        assert inputs["data.train.path"]["sha256"]
+        read = "corpus[0].corpus" if name == "base" else "data.train.path"
+        assert inputs[read]["sha256"]
         for key in ("model", "teacher"):
             section = next(iter(body.values()))
             if isinstance(section.get(key), str) and section[key] in CHAIN:
